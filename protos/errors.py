@@ -1,0 +1,177 @@
+"""What can go wrong, once, for both ends of the wire.
+
+    MeshError
+    +-- InvalidArgument      the caller must change the request
+    +-- ModelError           the model's files are missing, damaged or ask for something not supported
+    +-- TopologyError        the model cannot be cut or placed like this: other shards, other workers
+    +-- PlanMismatch         the worker holds another plan, or none: load it
+    +-- ProtocolMismatch     the two ends are of different versions: upgrade one
+    +-- StaleEpoch           the mesh has moved on: describe the workers and adopt their epoch
+    +-- PositionMismatch     the worker holds another number of tokens of a sequence: begin it anew
+    +-- StepMismatch         rounds came out of order: begin the step anew
+    +-- OutOfMemory          weights or KV do not fit: less of either, or more workers
+    +-- QueueFull            too many requests wait: retry later
+    +-- WorkerLost           a worker died, hangs or broke its stream
+    +-- NotServing           no full mesh: retry later
+    +-- WrongResult          a worker answered something that cannot be right
+
+Each class carries a canonical status code and a stable reason. Servicers raise; `protos.interceptors` turns a raised error
+into a status with a `google.rpc.ErrorInfo`; `from_rpc_error` turns it back into the same class.
+"""
+
+from __future__ import annotations
+
+from typing import ClassVar
+
+import grpc
+from google.protobuf import any_pb2
+from google.rpc import error_details_pb2, status_pb2
+from grpc_status import rpc_status
+
+ERROR_DOMAIN = "shardmesh"
+
+
+class MeshError(Exception):
+    """Base of all; its text says what was wanted, what was found and what to do."""
+
+    code: ClassVar[grpc.StatusCode] = grpc.StatusCode.INTERNAL
+    reason: ClassVar[str] = "INTERNAL"
+
+
+class InvalidArgument(MeshError):
+    """The caller must change the request."""
+
+    code = grpc.StatusCode.INVALID_ARGUMENT
+    reason = "INVALID_ARGUMENT"
+
+
+class ModelError(MeshError):
+    """The model's files are missing, damaged, or ask for something that is not supported."""
+
+    code = grpc.StatusCode.FAILED_PRECONDITION
+    reason = "MODEL_UNUSABLE"
+
+
+class TopologyError(MeshError):
+    """The model cannot be cut or placed like this."""
+
+    code = grpc.StatusCode.FAILED_PRECONDITION
+    reason = "TOPOLOGY"
+
+
+class PlanMismatch(MeshError):
+    """The worker holds another plan, or none."""
+
+    code = grpc.StatusCode.FAILED_PRECONDITION
+    reason = "PLAN_MISMATCH"
+
+
+class ProtocolMismatch(MeshError):
+    """The two ends speak different versions of the protocol."""
+
+    code = grpc.StatusCode.FAILED_PRECONDITION
+    reason = "PROTOCOL_MISMATCH"
+
+
+class StaleEpoch(MeshError):
+    """The mesh has moved on to a higher epoch."""
+
+    code = grpc.StatusCode.ABORTED
+    reason = "STALE_EPOCH"
+
+
+class PositionMismatch(MeshError):
+    """The worker holds another number of tokens of a sequence."""
+
+    code = grpc.StatusCode.ABORTED
+    reason = "POSITION_MISMATCH"
+
+
+class StepMismatch(MeshError):
+    """A round came out of order."""
+
+    code = grpc.StatusCode.ABORTED
+    reason = "STEP_MISMATCH"
+
+
+class OutOfMemory(MeshError):
+    """Weights or KV cache do not fit."""
+
+    code = grpc.StatusCode.RESOURCE_EXHAUSTED
+    reason = "OUT_OF_MEMORY"
+
+
+class QueueFull(MeshError):
+    """Too many requests wait already."""
+
+    code = grpc.StatusCode.RESOURCE_EXHAUSTED
+    reason = "QUEUE_FULL"
+
+
+class WorkerLost(MeshError):
+    """A worker died, hangs or broke its stream."""
+
+    code = grpc.StatusCode.UNAVAILABLE
+    reason = "WORKER_LOST"
+
+
+class NotServing(MeshError):
+    """There is no full mesh at present."""
+
+    code = grpc.StatusCode.UNAVAILABLE
+    reason = "NOT_SERVING"
+
+
+class WrongResult(MeshError):
+    """A worker answered something that cannot be right."""
+
+    code = grpc.StatusCode.INTERNAL
+    reason = "WRONG_RESULT"
+
+
+ERRORS: dict[str, type[MeshError]] = {
+    error.reason: error
+    for error in (
+        MeshError,
+        InvalidArgument,
+        ModelError,
+        TopologyError,
+        PlanMismatch,
+        ProtocolMismatch,
+        StaleEpoch,
+        PositionMismatch,
+        StepMismatch,
+        OutOfMemory,
+        QueueFull,
+        WorkerLost,
+        NotServing,
+        WrongResult,
+    )
+}
+"""The one table between reasons on the wire and classes in the program."""
+
+
+def to_status(error: MeshError) -> grpc.Status:
+    """Make the gRPC status of an error, with its `ErrorInfo`."""
+    detail = any_pb2.Any()
+    detail.Pack(error_details_pb2.ErrorInfo(reason=error.reason, domain=ERROR_DOMAIN))
+    number: int = error.code.value[0]
+    return rpc_status.to_status(status_pb2.Status(code=number, message=str(error), details=[detail]))
+
+
+def error_reason(error: grpc.aio.AioRpcError) -> str | None:
+    """Read the stable reason from a failed call, if a shardmesh service gave one."""
+    status = rpc_status.from_call(error)
+    for detail in status.details if status else ():
+        info = error_details_pb2.ErrorInfo()
+        if detail.Unpack(info) and info.domain == ERROR_DOMAIN:
+            return str(info.reason)
+    return None
+
+
+def from_rpc_error(error: grpc.aio.AioRpcError, peer: str) -> MeshError:
+    """Turn a failed call back into the error that its server raised; anything else means that `peer` is lost."""
+    text = error.details() or error.code().name
+    if (reason := error_reason(error)) in ERRORS:
+        return ERRORS[reason](f"{peer}: {text}")
+    return WorkerLost(f"{peer}: {error.code().name}: {text}")

@@ -1,0 +1,81 @@
+"""Channel and server settings that both ends must share: versions, limits, keepalive, deadlines, addresses."""
+
+from __future__ import annotations
+
+import re
+
+from protos.errors import InvalidArgument
+
+PROTOCOL_VERSION = 1
+"""Raised whenever a message of `shardworker.proto` or `plan.proto` changes its meaning."""
+
+MAX_MESSAGE_BYTES = 256 * 1024 * 1024
+"""Largest message between coordinator and workers: a prefill chunk, a plan, a step's full logits."""
+
+MAX_REQUEST_BYTES = 16 * 1024 * 1024
+"""Largest message from a caller: a prompt."""
+
+DESCRIBE_DEADLINE_S = 10.0
+OPEN_DEADLINE_S = 30.0
+ROUND_DEADLINE_S = 120.0
+"""Longest that one round of a step may take on the slowest worker."""
+LOAD_SILENCE_S = 60.0
+"""Longest that a loading worker may send no progress."""
+
+KEEPALIVE_MS = 20_000
+_KEEPALIVE = [
+    ("grpc.keepalive_time_ms", KEEPALIVE_MS),
+    ("grpc.keepalive_timeout_ms", 10_000),
+    ("grpc.keepalive_permit_without_calls", 1),
+    ("grpc.http2.max_pings_without_data", 0),
+]
+
+
+def channel_options(max_message_bytes: int = MAX_MESSAGE_BYTES) -> list[tuple[str, int]]:
+    """Options of every client channel."""
+    return [
+        ("grpc.max_send_message_length", max_message_bytes),
+        ("grpc.max_receive_message_length", max_message_bytes),
+        # Each channel is one peer: a shared connection pool would let one coordinator's sessions end with another's.
+        ("grpc.use_local_subchannel_pool", 1),
+        *_KEEPALIVE,
+    ]
+
+
+def server_options(max_receive_bytes: int = MAX_MESSAGE_BYTES) -> list[tuple[str, int]]:
+    """Options of every server; its ping policy admits what `channel_options` sends."""
+    return [
+        ("grpc.max_send_message_length", MAX_MESSAGE_BYTES),
+        ("grpc.max_receive_message_length", max_receive_bytes),
+        ("grpc.http2.min_ping_interval_without_data_ms", KEEPALIVE_MS // 2),
+        # Two daemons on one port would share its connections at random.
+        ("grpc.so_reuseport", 0),
+        *_KEEPALIVE,
+    ]
+
+
+_PORT_LIMIT = 65536
+_HOST_PORT = re.compile(r"(?P<host>\[[0-9a-fA-F:.%]+\]|[^\s:/\[\]]+):(?P<port>[0-9]{1,5})")
+
+
+def check_address(address: str, *, insecure: bool) -> str:
+    """Return the address of a listener or peer unchanged if it may be used.
+
+    Args:
+        address: `host:port`, `[ipv6]:port` or `unix:PATH`.
+        insecure: whether plain TCP was asked for.
+
+    Raises:
+        InvalidArgument: not an address, or TCP without TLS that nobody asked for.
+
+    """
+    if address.startswith("unix:"):
+        if not address.removeprefix("unix:"):
+            raise InvalidArgument("address unix: needs a path, for example unix:/run/shardmesh/worker.sock")
+        return address
+    match = _HOST_PORT.fullmatch(address)
+    if not match or int(match["port"]) >= _PORT_LIMIT:
+        raise InvalidArgument(f"address {address!r} is neither HOST:PORT nor unix:PATH")
+    if not insecure:
+        raise InvalidArgument(f"address {address} is TCP without TLS: say --insecure to allow that, or use a unix: socket")
+    return address

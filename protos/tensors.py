@@ -1,0 +1,104 @@
+"""`torch.Tensor` <-> `Tensor` message, without a copy where the dtype allows.
+
+A message that does not hold what its dtype and shape claim is refused before any memory is taken for it.
+"""
+
+from __future__ import annotations
+
+import math
+import warnings
+from typing import TYPE_CHECKING
+
+import torch
+
+from protos import tensor_pb2
+from protos.errors import InvalidArgument
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+BLOCK = 32
+"""Elements of the last dimension that share one scale in `DTYPE_INT8_BLOCK32`, and the group size of quantized weights."""
+
+MAX_DIMENSIONS = 4
+
+TORCH_DTYPES = {
+    tensor_pb2.DTYPE_F32: torch.float32,
+    tensor_pb2.DTYPE_BF16: torch.bfloat16,
+    tensor_pb2.DTYPE_F16: torch.float16,
+    tensor_pb2.DTYPE_I32: torch.int32,
+}
+WIRE_DTYPES = {value: key for key, value in TORCH_DTYPES.items()}
+
+# Received bytes are read-only; decoded tensors are only ever read, so torch's warning about them says nothing here.
+warnings.filterwarnings("ignore", message="The given buffer is not writable", category=UserWarning)
+
+
+def encode(tensor: torch.Tensor, dtype: tensor_pb2.DType) -> tensor_pb2.Tensor:
+    """Make the message for a CPU or device tensor, converted to `dtype` on the way.
+
+    Args:
+        tensor: any shape of 1 to 4 dimensions.
+        dtype: the wire's dtype.
+
+    """
+    shape = list(tensor.shape)
+    if dtype == tensor_pb2.DTYPE_INT8_BLOCK32:
+        return tensor_pb2.Tensor(dtype=dtype, shape=shape, data=_encode_blocks(tensor))
+    flat = tensor.detach().to(device="cpu", dtype=TORCH_DTYPES[dtype]).contiguous()
+    # numpy has no bfloat16, but bytes are bytes.
+    return tensor_pb2.Tensor(dtype=dtype, shape=shape, data=flat.view(torch.uint8).numpy().tobytes() if flat.numel() else b"")
+
+
+def decode(message: tensor_pb2.Tensor) -> torch.Tensor:
+    """Read a message; the result shares its bytes (int8 blocks become a new float32 tensor) and must not be written to.
+
+    Raises:
+        InvalidArgument: unknown dtype, or data that does not fit the shape.
+
+    """
+    shape = tuple(message.shape)
+    if not 1 <= len(shape) <= MAX_DIMENSIONS:
+        raise InvalidArgument(f"a tensor needs 1 to {MAX_DIMENSIONS} dimensions, found {len(shape)}")
+    if (wanted := num_bytes(message.dtype, shape)) != len(message.data):
+        raise InvalidArgument(f"a tensor of shape {list(shape)} needs {wanted} bytes, found {len(message.data)}")
+    if not message.data:
+        return torch.empty(shape, dtype=TORCH_DTYPES.get(message.dtype, torch.float32))
+    if message.dtype == tensor_pb2.DTYPE_INT8_BLOCK32:
+        return _decode_blocks(message.data, shape)
+    return torch.frombuffer(message.data, dtype=TORCH_DTYPES[message.dtype]).view(shape)
+
+
+def num_bytes(dtype: tensor_pb2.DType, shape: Sequence[int]) -> int:
+    """Bytes of a tensor on the wire.
+
+    Raises:
+        InvalidArgument: unknown dtype.
+
+    """
+    if dtype == tensor_pb2.DTYPE_INT8_BLOCK32:
+        return math.prod(shape[:-1]) * math.ceil(shape[-1] / BLOCK) * (BLOCK + 2)
+    if dtype not in TORCH_DTYPES:
+        raise InvalidArgument(f"tensor dtype {dtype} is unknown")
+    return math.prod(shape) * TORCH_DTYPES[dtype].itemsize
+
+
+def _encode_blocks(tensor: torch.Tensor) -> bytes:
+    rows = tensor.detach().to(device="cpu", dtype=torch.float32).reshape(-1, tensor.shape[-1])
+    padding = -rows.shape[1] % BLOCK
+    blocks = torch.nn.functional.pad(rows, (0, padding)).view(rows.shape[0], -1, BLOCK)  # [rows, blocks, 32]
+    # bfloat16 keeps float32's range: a partial of any size survives. Values are rounded against the rounded scale.
+    scales = (blocks.abs().amax(dim=-1) / 127).to(torch.bfloat16)
+    divisor = scales.float().masked_fill(scales == 0, 1)
+    values = (blocks / divisor.unsqueeze(-1)).round().clamp(-127, 127).to(torch.int8)
+    return values.numpy().tobytes() + scales.contiguous().view(torch.uint8).numpy().tobytes()
+
+
+def _decode_blocks(data: bytes, shape: tuple[int, ...]) -> torch.Tensor:
+    rows, columns = math.prod(shape[:-1]), shape[-1]
+    num_blocks = math.ceil(columns / BLOCK)
+    count = rows * num_blocks
+    values = torch.frombuffer(data, dtype=torch.int8, count=count * BLOCK).view(rows, num_blocks, BLOCK)
+    # A copy, because the scales may begin at an odd address.
+    scales = torch.frombuffer(bytearray(data[count * BLOCK :]), dtype=torch.bfloat16).view(rows, num_blocks, 1)
+    return (values.float() * scales.float()).view(rows, -1)[:, :columns].reshape(shape)
