@@ -1,0 +1,18 @@
+"""The coordinator decides; this is the way of a token through its files.
+
+cli, commands/      flags and what a person sees
+embedded            a private mesh for one command
+app                 composition root: builds, starts, drains, stops
+service             the Generation service: message <-> request
+text/               tokenizer, chat template, incremental detokenizing, stop texts
+request, sequence   what is asked for; the journal of one request
+scheduler, pages    which rows go into the next step; KV page accounting (pure)
+engine              the loop: schedule, forward, sample, emit
+forward             the layer loop, readable as the formula of the model
+resident, router    the small whole weights; the gate
+fanout, reduce      one round to all shards; the sum of their partials in shard order
+head, scores        the output head: candidates of all shards, merged
+sampler             scores -> token (pure)
+workers/            clients of the workers, assignment and loading
+models/, planning/  config.json and headers -> spec -> slices -> shard plans (pure)
+"""

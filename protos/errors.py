@@ -25,10 +25,21 @@ from typing import ClassVar
 
 import grpc
 from google.protobuf import any_pb2
+from google.protobuf.message import DecodeError
 from google.rpc import error_details_pb2, status_pb2
 from grpc_status import rpc_status
 
 ERROR_DOMAIN = "shardmesh"
+
+MAX_TEXT_BYTES = 1500
+"""UTF-8 bytes of an error's text that cross the wire."""
+
+_PEER_IS_GONE = (
+    grpc.StatusCode.UNAVAILABLE,
+    grpc.StatusCode.DEADLINE_EXCEEDED,
+    grpc.StatusCode.CANCELLED,
+    grpc.StatusCode.UNKNOWN,
+)
 
 
 class MeshError(Exception):
@@ -156,12 +167,25 @@ def to_status(error: MeshError) -> grpc.Status:
     detail = any_pb2.Any()
     detail.Pack(error_details_pb2.ErrorInfo(reason=error.reason, domain=ERROR_DOMAIN))
     number: int = error.code.value[0]
-    return rpc_status.to_status(status_pb2.Status(code=number, message=str(error), details=[detail]))
+    return rpc_status.to_status(status_pb2.Status(code=number, message=_shorten(str(error)), details=[detail]))
+
+
+def _shorten(text: str) -> str:
+    # A status travels in header metadata, once percent-encoded (up to 3 bytes a byte) and once in base64; beyond 8 KiB the
+    # whole answer may be dropped. Paths from the command line can hold surrogates, which UTF-8 has not.
+    data = text.encode(errors="replace")
+    if len(data) <= MAX_TEXT_BYTES:
+        return data.decode()
+    return data[: MAX_TEXT_BYTES - 3].decode(errors="ignore") + "..."
 
 
 def error_reason(error: grpc.aio.AioRpcError) -> str | None:
     """Read the stable reason from a failed call, if a shardmesh service gave one."""
-    status = rpc_status.from_call(error)
+    try:
+        status = rpc_status.from_call(error)
+    except (ValueError, DecodeError):
+        # Details of another status: gRPC failed the call on the way, or the peer is none of ours.
+        return None
     for detail in status.details if status else ():
         info = error_details_pb2.ErrorInfo()
         if detail.Unpack(info) and info.domain == ERROR_DOMAIN:
@@ -170,8 +194,12 @@ def error_reason(error: grpc.aio.AioRpcError) -> str | None:
 
 
 def from_rpc_error(error: grpc.aio.AioRpcError, peer: str) -> MeshError:
-    """Turn a failed call back into the error that its server raised; anything else means that `peer` is lost."""
-    text = error.details() or error.code().name
+    """Turn a failed call back into the error that its server raised.
+
+    Without a reason of ours, codes that say that nobody served the call mean that `peer` is lost; any other (a message over
+    the limit, an unknown method) is a plain `MeshError`, because another peer would answer the same.
+    """
+    text = f"{peer}: {error.details() or error.code().name}"
     if (reason := error_reason(error)) in ERRORS:
-        return ERRORS[reason](f"{peer}: {text}")
-    return WorkerLost(f"{peer}: {error.code().name}: {text}")
+        return ERRORS[reason](text)
+    return WorkerLost(text) if error.code() in _PEER_IS_GONE else MeshError(text)

@@ -23,58 +23,57 @@ _sym_db = _symbol_database.Default()
 
 
 from google.protobuf import struct_pb2 as google_dot_protobuf_dot_struct__pb2
-from protos import shardworker_pb2 as protos_dot_shardworker__pb2
 from protos import tensor_pb2 as protos_dot_tensor__pb2
 from protos import plan_pb2 as protos_dot_plan__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x17protos/generation.proto\x12\x0cshardmesh.v1\x1a\x1cgoogle/protobuf/struct.proto\x1a\x18protos/shardworker.proto\x1a\x13protos/tensor.proto\x1a\x11protos/plan.proto\"\x17\n\x08TokenIds\x12\x0b\n\x03ids\x18\x01 \x03(\r\",\n\x0b\x43hatMessage\x12\x0c\n\x04role\x18\x01 \x01(\t\x12\x0f\n\x07\x63ontent\x18\x02 \x01(\t\"h\n\x04\x43hat\x12+\n\x08messages\x18\x01 \x03(\x0b\x32\x19.shardmesh.v1.ChatMessage\x12\x33\n\x12template_arguments\x18\x02 \x01(\x0b\x32\x17.google.protobuf.Struct\"\xcc\x02\n\x08Sampling\x12\x18\n\x0btemperature\x18\x01 \x01(\x02H\x00\x88\x01\x01\x12\x12\n\x05top_k\x18\x02 \x01(\rH\x01\x88\x01\x01\x12\x12\n\x05top_p\x18\x03 \x01(\x02H\x02\x88\x01\x01\x12\x12\n\x05min_p\x18\x04 \x01(\x02H\x03\x88\x01\x01\x12\x1f\n\x12repetition_penalty\x18\x05 \x01(\x02H\x04\x88\x01\x01\x12\x1d\n\x10presence_penalty\x18\x06 \x01(\x02H\x05\x88\x01\x01\x12\x1e\n\x11\x66requency_penalty\x18\x07 \x01(\x02H\x06\x88\x01\x01\x12\x11\n\x04seed\x18\x08 \x01(\x04H\x07\x88\x01\x01\x42\x0e\n\x0c_temperatureB\x08\n\x06_top_kB\x08\n\x06_top_pB\x08\n\x06_min_pB\x15\n\x13_repetition_penaltyB\x13\n\x11_presence_penaltyB\x14\n\x12_frequency_penaltyB\x07\n\x05_seed\"\xc0\x02\n\x0fGenerateRequest\x12\x12\n\nrequest_id\x18\x01 \x01(\t\x12\x0e\n\x04text\x18\x02 \x01(\tH\x00\x12+\n\ttoken_ids\x18\x03 \x01(\x0b\x32\x16.shardmesh.v1.TokenIdsH\x00\x12\"\n\x04\x63hat\x18\x04 \x01(\x0b\x32\x12.shardmesh.v1.ChatH\x00\x12(\n\x08sampling\x18\x05 \x01(\x0b\x32\x16.shardmesh.v1.Sampling\x12\x17\n\nmax_tokens\x18\x06 \x01(\rH\x01\x88\x01\x01\x12\x0c\n\x04stop\x18\x07 \x03(\t\x12\x16\n\x0estop_token_ids\x18\x08 \x03(\r\x12\x12\n\nignore_eos\x18\t \x01(\x08\x12\x15\n\x08logprobs\x18\n \x01(\rH\x02\x88\x01\x01\x42\x08\n\x06promptB\r\n\x0b_max_tokensB\x0b\n\t_logprobs\"C\n\x08\x41\x63\x63\x65pted\x12\x12\n\nrequest_id\x18\x01 \x01(\t\x12\x15\n\rprompt_tokens\x18\x02 \x01(\r\x12\x0c\n\x04seed\x18\x03 \x01(\x04\"1\n\x0cTokenLogprob\x12\x10\n\x08token_id\x18\x01 \x01(\r\x12\x0f\n\x07logprob\x18\x02 \x01(\x02\"d\n\rTokenLogprobs\x12*\n\x06\x63hosen\x18\x01 \x01(\x0b\x32\x1a.shardmesh.v1.TokenLogprob\x12\'\n\x03top\x18\x02 \x03(\x0b\x32\x1a.shardmesh.v1.TokenLogprob\"W\n\x05\x44\x65lta\x12\x0c\n\x04text\x18\x01 \x01(\t\x12\x11\n\ttoken_ids\x18\x02 \x03(\r\x12-\n\x08logprobs\x18\x03 \x03(\x0b\x32\x1b.shardmesh.v1.TokenLogprobs\"9\n\x05Usage\x12\x15\n\rprompt_tokens\x18\x01 \x01(\r\x12\x19\n\x11\x63ompletion_tokens\x18\x02 \x01(\r\"B\n\x07Timings\x12\x10\n\x08queue_ns\x18\x01 \x01(\x04\x12\x12\n\nprefill_ns\x18\x02 \x01(\x04\x12\x11\n\tdecode_ns\x18\x03 \x01(\x04\"\x82\x01\n\x08\x46inished\x12*\n\x06reason\x18\x01 \x01(\x0e\x32\x1a.shardmesh.v1.FinishReason\x12\"\n\x05usage\x18\x02 \x01(\x0b\x32\x13.shardmesh.v1.Usage\x12&\n\x07timings\x18\x03 \x01(\x0b\x32\x15.shardmesh.v1.Timings\"\x99\x01\n\x10GenerateResponse\x12*\n\x08\x61\x63\x63\x65pted\x18\x01 \x01(\x0b\x32\x16.shardmesh.v1.AcceptedH\x00\x12$\n\x05\x64\x65lta\x18\x02 \x01(\x0b\x32\x13.shardmesh.v1.DeltaH\x00\x12*\n\x08\x66inished\x18\x03 \x01(\x0b\x32\x16.shardmesh.v1.FinishedH\x00\x42\x07\n\x05\x65vent\"\x11\n\x0fGetModelRequest\"\x89\x02\n\x10GetModelResponse\x12\r\n\x05model\x18\x01 \x01(\t\x12\x0e\n\x06\x66\x61mily\x18\x02 \x01(\t\x12\x16\n\x0e\x63ontext_tokens\x18\x03 \x01(\r\x12\x12\n\nvocabulary\x18\x04 \x01(\r\x12\x12\n\nnum_layers\x18\x05 \x01(\r\x12\x0e\n\x06hidden\x18\x06 \x01(\r\x12\"\n\x05\x64type\x18\x07 \x01(\x0e\x32\x13.shardmesh.v1.DType\x12\x30\n\x0cquantization\x18\x08 \x01(\x0e\x32\x1a.shardmesh.v1.Quantization\x12\x15\n\reos_token_ids\x18\t \x03(\r\x12\x19\n\x11has_chat_template\x18\n \x01(\x08\"\x10\n\x0eGetMeshRequest\"v\n\nMeshWorker\x12\x0f\n\x07\x61\x64\x64ress\x18\x01 \x01(\t\x12\x11\n\treachable\x18\x02 \x01(\x08\x12\x0f\n\x07serving\x18\x03 \x01(\x08\x12\x33\n\x0b\x64\x65scription\x18\x04 \x01(\x0b\x32\x1e.shardmesh.v1.DescribeResponse\"\xc0\x01\n\x08MeshLoad\x12\x0f\n\x07running\x18\x01 \x01(\r\x12\x0f\n\x07waiting\x18\x02 \x01(\r\x12\x12\n\nused_pages\x18\x03 \x01(\r\x12\x13\n\x0btotal_pages\x18\x04 \x01(\r\x12\x13\n\x0bpage_tokens\x18\x05 \x01(\r\x12\r\n\x05steps\x18\x06 \x01(\x04\x12\x15\n\rprompt_tokens\x18\x07 \x01(\x04\x12\x19\n\x11\x63ompletion_tokens\x18\x08 \x01(\x04\x12\x13\n\x0bpreemptions\x18\t \x01(\x04\"\xab\x01\n\x0fGetMeshResponse\x12\x0f\n\x07serving\x18\x01 \x01(\x08\x12\x13\n\x0bplan_digest\x18\x02 \x01(\x0c\x12\r\n\x05\x65poch\x18\x03 \x01(\x04\x12\x12\n\nnum_shards\x18\x04 \x01(\r\x12)\n\x07workers\x18\x05 \x03(\x0b\x32\x18.shardmesh.v1.MeshWorker\x12$\n\x04load\x18\x06 \x01(\x0b\x32\x16.shardmesh.v1.MeshLoad*|\n\x0c\x46inishReason\x12\x1d\n\x19\x46INISH_REASON_UNSPECIFIED\x10\x00\x12\x16\n\x12\x46INISH_REASON_STOP\x10\x01\x12\x18\n\x14\x46INISH_REASON_LENGTH\x10\x02\x12\x1b\n\x17\x46INISH_REASON_CANCELLED\x10\x03\x32\xec\x01\n\nGeneration\x12K\n\x08Generate\x12\x1d.shardmesh.v1.GenerateRequest\x1a\x1e.shardmesh.v1.GenerateResponse0\x01\x12I\n\x08GetModel\x12\x1d.shardmesh.v1.GetModelRequest\x1a\x1e.shardmesh.v1.GetModelResponse\x12\x46\n\x07GetMesh\x12\x1c.shardmesh.v1.GetMeshRequest\x1a\x1d.shardmesh.v1.GetMeshResponseb\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x17protos/generation.proto\x12\x0cshardmesh.v1\x1a\x1cgoogle/protobuf/struct.proto\x1a\x13protos/tensor.proto\x1a\x11protos/plan.proto\"\x17\n\x08TokenIds\x12\x0b\n\x03ids\x18\x01 \x03(\r\",\n\x0b\x43hatMessage\x12\x0c\n\x04role\x18\x01 \x01(\t\x12\x0f\n\x07\x63ontent\x18\x02 \x01(\t\"h\n\x04\x43hat\x12+\n\x08messages\x18\x01 \x03(\x0b\x32\x19.shardmesh.v1.ChatMessage\x12\x33\n\x12template_arguments\x18\x02 \x01(\x0b\x32\x17.google.protobuf.Struct\"\xcc\x02\n\x08Sampling\x12\x18\n\x0btemperature\x18\x01 \x01(\x01H\x00\x88\x01\x01\x12\x12\n\x05top_k\x18\x02 \x01(\rH\x01\x88\x01\x01\x12\x12\n\x05top_p\x18\x03 \x01(\x01H\x02\x88\x01\x01\x12\x12\n\x05min_p\x18\x04 \x01(\x01H\x03\x88\x01\x01\x12\x1f\n\x12repetition_penalty\x18\x05 \x01(\x01H\x04\x88\x01\x01\x12\x1d\n\x10presence_penalty\x18\x06 \x01(\x01H\x05\x88\x01\x01\x12\x1e\n\x11\x66requency_penalty\x18\x07 \x01(\x01H\x06\x88\x01\x01\x12\x11\n\x04seed\x18\x08 \x01(\x04H\x07\x88\x01\x01\x42\x0e\n\x0c_temperatureB\x08\n\x06_top_kB\x08\n\x06_top_pB\x08\n\x06_min_pB\x15\n\x13_repetition_penaltyB\x13\n\x11_presence_penaltyB\x14\n\x12_frequency_penaltyB\x07\n\x05_seed\"\xc0\x02\n\x0fGenerateRequest\x12\x12\n\nrequest_id\x18\x01 \x01(\t\x12\x0e\n\x04text\x18\x02 \x01(\tH\x00\x12+\n\ttoken_ids\x18\x03 \x01(\x0b\x32\x16.shardmesh.v1.TokenIdsH\x00\x12\"\n\x04\x63hat\x18\x04 \x01(\x0b\x32\x12.shardmesh.v1.ChatH\x00\x12(\n\x08sampling\x18\x05 \x01(\x0b\x32\x16.shardmesh.v1.Sampling\x12\x17\n\nmax_tokens\x18\x06 \x01(\rH\x01\x88\x01\x01\x12\x0c\n\x04stop\x18\x07 \x03(\t\x12\x16\n\x0estop_token_ids\x18\x08 \x03(\r\x12\x12\n\nignore_eos\x18\t \x01(\x08\x12\x15\n\x08logprobs\x18\n \x01(\rH\x02\x88\x01\x01\x42\x08\n\x06promptB\r\n\x0b_max_tokensB\x0b\n\t_logprobs\"C\n\x08\x41\x63\x63\x65pted\x12\x12\n\nrequest_id\x18\x01 \x01(\t\x12\x15\n\rprompt_tokens\x18\x02 \x01(\r\x12\x0c\n\x04seed\x18\x03 \x01(\x04\"1\n\x0cTokenLogprob\x12\x10\n\x08token_id\x18\x01 \x01(\r\x12\x0f\n\x07logprob\x18\x02 \x01(\x02\"d\n\rTokenLogprobs\x12*\n\x06\x63hosen\x18\x01 \x01(\x0b\x32\x1a.shardmesh.v1.TokenLogprob\x12\'\n\x03top\x18\x02 \x03(\x0b\x32\x1a.shardmesh.v1.TokenLogprob\"W\n\x05\x44\x65lta\x12\x0c\n\x04text\x18\x01 \x01(\t\x12\x11\n\ttoken_ids\x18\x02 \x03(\r\x12-\n\x08logprobs\x18\x03 \x03(\x0b\x32\x1b.shardmesh.v1.TokenLogprobs\"9\n\x05Usage\x12\x15\n\rprompt_tokens\x18\x01 \x01(\r\x12\x19\n\x11\x63ompletion_tokens\x18\x02 \x01(\r\"B\n\x07Timings\x12\x10\n\x08queue_ns\x18\x01 \x01(\x04\x12\x12\n\nprefill_ns\x18\x02 \x01(\x04\x12\x11\n\tdecode_ns\x18\x03 \x01(\x04\"\x82\x01\n\x08\x46inished\x12*\n\x06reason\x18\x01 \x01(\x0e\x32\x1a.shardmesh.v1.FinishReason\x12\"\n\x05usage\x18\x02 \x01(\x0b\x32\x13.shardmesh.v1.Usage\x12&\n\x07timings\x18\x03 \x01(\x0b\x32\x15.shardmesh.v1.Timings\"\x99\x01\n\x10GenerateResponse\x12*\n\x08\x61\x63\x63\x65pted\x18\x01 \x01(\x0b\x32\x16.shardmesh.v1.AcceptedH\x00\x12$\n\x05\x64\x65lta\x18\x02 \x01(\x0b\x32\x13.shardmesh.v1.DeltaH\x00\x12*\n\x08\x66inished\x18\x03 \x01(\x0b\x32\x16.shardmesh.v1.FinishedH\x00\x42\x07\n\x05\x65vent\"\x11\n\x0fGetModelRequest\"\x89\x02\n\x10GetModelResponse\x12\r\n\x05model\x18\x01 \x01(\t\x12\x0e\n\x06\x66\x61mily\x18\x02 \x01(\t\x12\x16\n\x0e\x63ontext_tokens\x18\x03 \x01(\r\x12\x12\n\nvocabulary\x18\x04 \x01(\r\x12\x12\n\nnum_layers\x18\x05 \x01(\r\x12\x0e\n\x06hidden\x18\x06 \x01(\r\x12\"\n\x05\x64type\x18\x07 \x01(\x0e\x32\x13.shardmesh.v1.DType\x12\x30\n\x0cquantization\x18\x08 \x01(\x0e\x32\x1a.shardmesh.v1.Quantization\x12\x15\n\reos_token_ids\x18\t \x03(\r\x12\x19\n\x11has_chat_template\x18\n \x01(\x08\"\x10\n\x0eGetMeshRequest\"\xa2\x02\n\nMeshWorker\x12\x0f\n\x07\x61\x64\x64ress\x18\x01 \x01(\t\x12\x11\n\treachable\x18\x02 \x01(\x08\x12\r\n\x05\x65rror\x18\x03 \x01(\t\x12\x0f\n\x07serving\x18\x04 \x01(\x08\x12\r\n\x05shard\x18\x05 \x01(\r\x12\x0f\n\x07version\x18\x06 \x01(\t\x12\x0e\n\x06\x64\x65vice\x18\x07 \x01(\t\x12\x13\n\x0bnum_threads\x18\x08 \x01(\r\x12\x1a\n\x12memory_total_bytes\x18\t \x01(\x04\x12\x19\n\x11memory_free_bytes\x18\n \x01(\x04\x12\x15\n\rweights_bytes\x18\x0b \x01(\x04\x12\x10\n\x08kv_bytes\x18\x0c \x01(\x04\x12\x16\n\x0epeak_rss_bytes\x18\r \x01(\x04\x12\x13\n\x0bplan_digest\x18\x0e \x01(\x0c\"\xc0\x01\n\x08MeshLoad\x12\x0f\n\x07running\x18\x01 \x01(\r\x12\x0f\n\x07waiting\x18\x02 \x01(\r\x12\x12\n\nused_pages\x18\x03 \x01(\r\x12\x13\n\x0btotal_pages\x18\x04 \x01(\r\x12\x13\n\x0bpage_tokens\x18\x05 \x01(\r\x12\r\n\x05steps\x18\x06 \x01(\x04\x12\x15\n\rprompt_tokens\x18\x07 \x01(\x04\x12\x19\n\x11\x63ompletion_tokens\x18\x08 \x01(\x04\x12\x13\n\x0bpreemptions\x18\t \x01(\x04\"\xab\x01\n\x0fGetMeshResponse\x12\x0f\n\x07serving\x18\x01 \x01(\x08\x12\x13\n\x0bplan_digest\x18\x02 \x01(\x0c\x12\r\n\x05\x65poch\x18\x03 \x01(\x04\x12\x12\n\nnum_shards\x18\x04 \x01(\r\x12)\n\x07workers\x18\x05 \x03(\x0b\x32\x18.shardmesh.v1.MeshWorker\x12$\n\x04load\x18\x06 \x01(\x0b\x32\x16.shardmesh.v1.MeshLoad*|\n\x0c\x46inishReason\x12\x1d\n\x19\x46INISH_REASON_UNSPECIFIED\x10\x00\x12\x16\n\x12\x46INISH_REASON_STOP\x10\x01\x12\x18\n\x14\x46INISH_REASON_LENGTH\x10\x02\x12\x1b\n\x17\x46INISH_REASON_CANCELLED\x10\x03\x32\xec\x01\n\nGeneration\x12K\n\x08Generate\x12\x1d.shardmesh.v1.GenerateRequest\x1a\x1e.shardmesh.v1.GenerateResponse0\x01\x12I\n\x08GetModel\x12\x1d.shardmesh.v1.GetModelRequest\x1a\x1e.shardmesh.v1.GetModelResponse\x12\x46\n\x07GetMesh\x12\x1c.shardmesh.v1.GetMeshRequest\x1a\x1d.shardmesh.v1.GetMeshResponseb\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
 _builder.BuildTopDescriptorsAndMessages(DESCRIPTOR, 'protos.generation_pb2', _globals)
 if not _descriptor._USE_C_DESCRIPTORS:
   DESCRIPTOR._loaded_options = None
-  _globals['_FINISHREASON']._serialized_start=2493
-  _globals['_FINISHREASON']._serialized_end=2617
-  _globals['_TOKENIDS']._serialized_start=137
-  _globals['_TOKENIDS']._serialized_end=160
-  _globals['_CHATMESSAGE']._serialized_start=162
-  _globals['_CHATMESSAGE']._serialized_end=206
-  _globals['_CHAT']._serialized_start=208
-  _globals['_CHAT']._serialized_end=312
-  _globals['_SAMPLING']._serialized_start=315
-  _globals['_SAMPLING']._serialized_end=647
-  _globals['_GENERATEREQUEST']._serialized_start=650
-  _globals['_GENERATEREQUEST']._serialized_end=970
-  _globals['_ACCEPTED']._serialized_start=972
-  _globals['_ACCEPTED']._serialized_end=1039
-  _globals['_TOKENLOGPROB']._serialized_start=1041
-  _globals['_TOKENLOGPROB']._serialized_end=1090
-  _globals['_TOKENLOGPROBS']._serialized_start=1092
-  _globals['_TOKENLOGPROBS']._serialized_end=1192
-  _globals['_DELTA']._serialized_start=1194
-  _globals['_DELTA']._serialized_end=1281
-  _globals['_USAGE']._serialized_start=1283
-  _globals['_USAGE']._serialized_end=1340
-  _globals['_TIMINGS']._serialized_start=1342
-  _globals['_TIMINGS']._serialized_end=1408
-  _globals['_FINISHED']._serialized_start=1411
-  _globals['_FINISHED']._serialized_end=1541
-  _globals['_GENERATERESPONSE']._serialized_start=1544
-  _globals['_GENERATERESPONSE']._serialized_end=1697
-  _globals['_GETMODELREQUEST']._serialized_start=1699
-  _globals['_GETMODELREQUEST']._serialized_end=1716
-  _globals['_GETMODELRESPONSE']._serialized_start=1719
-  _globals['_GETMODELRESPONSE']._serialized_end=1984
-  _globals['_GETMESHREQUEST']._serialized_start=1986
-  _globals['_GETMESHREQUEST']._serialized_end=2002
-  _globals['_MESHWORKER']._serialized_start=2004
-  _globals['_MESHWORKER']._serialized_end=2122
-  _globals['_MESHLOAD']._serialized_start=2125
-  _globals['_MESHLOAD']._serialized_end=2317
-  _globals['_GETMESHRESPONSE']._serialized_start=2320
-  _globals['_GETMESHRESPONSE']._serialized_end=2491
-  _globals['_GENERATION']._serialized_start=2620
-  _globals['_GENERATION']._serialized_end=2856
+  _globals['_FINISHREASON']._serialized_start=2640
+  _globals['_FINISHREASON']._serialized_end=2764
+  _globals['_TOKENIDS']._serialized_start=111
+  _globals['_TOKENIDS']._serialized_end=134
+  _globals['_CHATMESSAGE']._serialized_start=136
+  _globals['_CHATMESSAGE']._serialized_end=180
+  _globals['_CHAT']._serialized_start=182
+  _globals['_CHAT']._serialized_end=286
+  _globals['_SAMPLING']._serialized_start=289
+  _globals['_SAMPLING']._serialized_end=621
+  _globals['_GENERATEREQUEST']._serialized_start=624
+  _globals['_GENERATEREQUEST']._serialized_end=944
+  _globals['_ACCEPTED']._serialized_start=946
+  _globals['_ACCEPTED']._serialized_end=1013
+  _globals['_TOKENLOGPROB']._serialized_start=1015
+  _globals['_TOKENLOGPROB']._serialized_end=1064
+  _globals['_TOKENLOGPROBS']._serialized_start=1066
+  _globals['_TOKENLOGPROBS']._serialized_end=1166
+  _globals['_DELTA']._serialized_start=1168
+  _globals['_DELTA']._serialized_end=1255
+  _globals['_USAGE']._serialized_start=1257
+  _globals['_USAGE']._serialized_end=1314
+  _globals['_TIMINGS']._serialized_start=1316
+  _globals['_TIMINGS']._serialized_end=1382
+  _globals['_FINISHED']._serialized_start=1385
+  _globals['_FINISHED']._serialized_end=1515
+  _globals['_GENERATERESPONSE']._serialized_start=1518
+  _globals['_GENERATERESPONSE']._serialized_end=1671
+  _globals['_GETMODELREQUEST']._serialized_start=1673
+  _globals['_GETMODELREQUEST']._serialized_end=1690
+  _globals['_GETMODELRESPONSE']._serialized_start=1693
+  _globals['_GETMODELRESPONSE']._serialized_end=1958
+  _globals['_GETMESHREQUEST']._serialized_start=1960
+  _globals['_GETMESHREQUEST']._serialized_end=1976
+  _globals['_MESHWORKER']._serialized_start=1979
+  _globals['_MESHWORKER']._serialized_end=2269
+  _globals['_MESHLOAD']._serialized_start=2272
+  _globals['_MESHLOAD']._serialized_end=2464
+  _globals['_GETMESHRESPONSE']._serialized_start=2467
+  _globals['_GETMESHRESPONSE']._serialized_end=2638
+  _globals['_GENERATION']._serialized_start=2767
+  _globals['_GENERATION']._serialized_end=3003
 # @@protoc_insertion_point(module_scope)

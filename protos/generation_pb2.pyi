@@ -1,5 +1,4 @@
 from google.protobuf import struct_pb2 as _struct_pb2
-from protos import shardworker_pb2 as _shardworker_pb2
 from protos import tensor_pb2 as _tensor_pb2
 from protos import plan_pb2 as _plan_pb2
 from google.protobuf.internal import containers as _containers
@@ -195,16 +194,36 @@ class GetMeshRequest(_message.Message):
     def __init__(self) -> None: ...
 
 class MeshWorker(_message.Message):
-    __slots__ = ("address", "reachable", "serving", "description")
+    __slots__ = ("address", "reachable", "error", "serving", "shard", "version", "device", "num_threads", "memory_total_bytes", "memory_free_bytes", "weights_bytes", "kv_bytes", "peak_rss_bytes", "plan_digest")
     ADDRESS_FIELD_NUMBER: _ClassVar[int]
     REACHABLE_FIELD_NUMBER: _ClassVar[int]
+    ERROR_FIELD_NUMBER: _ClassVar[int]
     SERVING_FIELD_NUMBER: _ClassVar[int]
-    DESCRIPTION_FIELD_NUMBER: _ClassVar[int]
+    SHARD_FIELD_NUMBER: _ClassVar[int]
+    VERSION_FIELD_NUMBER: _ClassVar[int]
+    DEVICE_FIELD_NUMBER: _ClassVar[int]
+    NUM_THREADS_FIELD_NUMBER: _ClassVar[int]
+    MEMORY_TOTAL_BYTES_FIELD_NUMBER: _ClassVar[int]
+    MEMORY_FREE_BYTES_FIELD_NUMBER: _ClassVar[int]
+    WEIGHTS_BYTES_FIELD_NUMBER: _ClassVar[int]
+    KV_BYTES_FIELD_NUMBER: _ClassVar[int]
+    PEAK_RSS_BYTES_FIELD_NUMBER: _ClassVar[int]
+    PLAN_DIGEST_FIELD_NUMBER: _ClassVar[int]
     address: str
     reachable: bool
+    error: str
     serving: bool
-    description: _shardworker_pb2.DescribeResponse
-    def __init__(self, address: _Optional[str] = ..., reachable: _Optional[bool] = ..., serving: _Optional[bool] = ..., description: _Optional[_Union[_shardworker_pb2.DescribeResponse, _Mapping]] = ...) -> None: ...
+    shard: int
+    version: str
+    device: str
+    num_threads: int
+    memory_total_bytes: int
+    memory_free_bytes: int
+    weights_bytes: int
+    kv_bytes: int
+    peak_rss_bytes: int
+    plan_digest: bytes
+    def __init__(self, address: _Optional[str] = ..., reachable: _Optional[bool] = ..., error: _Optional[str] = ..., serving: _Optional[bool] = ..., shard: _Optional[int] = ..., version: _Optional[str] = ..., device: _Optional[str] = ..., num_threads: _Optional[int] = ..., memory_total_bytes: _Optional[int] = ..., memory_free_bytes: _Optional[int] = ..., weights_bytes: _Optional[int] = ..., kv_bytes: _Optional[int] = ..., peak_rss_bytes: _Optional[int] = ..., plan_digest: _Optional[bytes] = ...) -> None: ...
 
 class MeshLoad(_message.Message):
     __slots__ = ("running", "waiting", "used_pages", "total_pages", "page_tokens", "steps", "prompt_tokens", "completion_tokens", "preemptions")

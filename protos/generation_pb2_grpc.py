@@ -26,7 +26,8 @@ if _version_not_supported:
 
 
 class GenerationStub:
-    """Missing associated documentation comment in .proto file."""
+    """What a coordinator offers to callers.
+    """
 
     def __init__(self, channel):
         """Constructor.
@@ -52,7 +53,8 @@ class GenerationStub:
 
 
 class GenerationServicer:
-    """Missing associated documentation comment in .proto file."""
+    """What a coordinator offers to callers.
+    """
 
     def Generate(self, request, context):
         """One completion: `accepted`, then deltas, then exactly one `finished`, or an error status. Cancelling the call stops the
@@ -105,7 +107,8 @@ def add_GenerationServicer_to_server(servicer, server):
 
  # This class is part of an EXPERIMENTAL API.
 class Generation:
-    """Missing associated documentation comment in .proto file."""
+    """What a coordinator offers to callers.
+    """
 
     @staticmethod
     def Generate(request,

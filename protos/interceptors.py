@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import inspect
 from typing import TYPE_CHECKING, Any
 
@@ -12,12 +13,12 @@ from google.protobuf.message import DecodeError
 from protos.errors import InvalidArgument, MeshError, to_status
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncIterator, Awaitable, Callable
+    from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable
 
 log = structlog.get_logger(__name__)
 
 
-class ErrorInterceptor(grpc.aio.ServerInterceptor):  # type: ignore[misc]  # grpc ships no types for it
+class ErrorInterceptor(grpc.aio.ServerInterceptor):
     """Turns errors raised by servicers, and messages that cannot be parsed, into canonical statuses."""
 
     async def intercept_service(
@@ -31,9 +32,10 @@ class ErrorInterceptor(grpc.aio.ServerInterceptor):  # type: ignore[misc]  # grp
             return handler
         parse = handler.request_deserializer
         replaced: dict[str, Any] = {"request_deserializer": lambda data: _parse_or_error(parse, data)}
-        for kind in ("unary_unary", "unary_stream", "stream_stream"):
+        for kind in ("unary_unary", "unary_stream", "stream_unary", "stream_stream"):
             if behavior := getattr(handler, kind):
-                replaced[kind] = _guard_stream(behavior) if inspect.isasyncgenfunction(behavior) else _guard_unary(behavior)
+                guard = _guard_stream if inspect.isasyncgenfunction(behavior) else _guard_unary
+                replaced[kind] = guard(behavior)
         return handler._replace(**replaced)
 
 
@@ -42,6 +44,17 @@ def _parse_or_error(parse: Callable[[bytes], Any], data: bytes) -> Any:  # noqa:
         return parse(data)
     except DecodeError as error:
         return InvalidArgument(f"the request is not a valid message: {error}")
+
+
+def _checked(request: Any) -> Any:  # noqa: ANN401  # a message, what is wrong with it, or a stream of either
+    if isinstance(request, MeshError):
+        raise request
+    return _checked_stream(request) if hasattr(request, "__aiter__") else request
+
+
+async def _checked_stream(requests: AsyncIterator[Any]) -> AsyncIterator[Any]:
+    async for request in requests:
+        yield _checked(request)
 
 
 async def _abort(context: grpc.aio.ServicerContext, error: Exception) -> None:
@@ -54,9 +67,7 @@ async def _abort(context: grpc.aio.ServicerContext, error: Exception) -> None:
 def _guard_unary(behavior: Callable[..., Awaitable[Any]]) -> Callable[..., Awaitable[Any]]:
     async def guarded(request: Any, context: grpc.aio.ServicerContext) -> Any:  # noqa: ANN401  # any message
         try:
-            if isinstance(request, MeshError):
-                raise request
-            return await behavior(request, context)
+            return await behavior(_checked(request), context)
         except grpc.aio.AbortError:
             raise
         except Exception as error:  # noqa: BLE001  # the edge: everything becomes a status
@@ -65,13 +76,12 @@ def _guard_unary(behavior: Callable[..., Awaitable[Any]]) -> Callable[..., Await
     return guarded
 
 
-def _guard_stream(behavior: Callable[..., AsyncIterator[Any]]) -> Callable[..., AsyncIterator[Any]]:
+def _guard_stream(behavior: Callable[..., AsyncGenerator[Any, None]]) -> Callable[..., AsyncIterator[Any]]:
     async def guarded(request: Any, context: grpc.aio.ServicerContext) -> AsyncIterator[Any]:  # noqa: ANN401  # any message
         try:
-            if isinstance(request, MeshError):
-                raise request
-            async for response in behavior(request, context):
-                yield response
+            async with contextlib.aclosing(behavior(_checked(request), context)) as responses:
+                async for response in responses:
+                    yield response
         except grpc.aio.AbortError:
             raise
         except Exception as error:  # noqa: BLE001  # the edge: everything becomes a status

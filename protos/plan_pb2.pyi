@@ -157,14 +157,14 @@ class LayerPlan(_message.Message):
     def __init__(self, attention: _Optional[_Union[AttentionSlice, _Mapping]] = ..., dense: _Optional[_Union[FeedForwardSlice, _Mapping]] = ..., experts: _Optional[_Union[ExpertsSlice, _Mapping]] = ...) -> None: ...
 
 class CheckpointFile(_message.Message):
-    __slots__ = ("name", "size", "header_digest")
+    __slots__ = ("name", "size", "fingerprint")
     NAME_FIELD_NUMBER: _ClassVar[int]
     SIZE_FIELD_NUMBER: _ClassVar[int]
-    HEADER_DIGEST_FIELD_NUMBER: _ClassVar[int]
+    FINGERPRINT_FIELD_NUMBER: _ClassVar[int]
     name: str
     size: int
-    header_digest: bytes
-    def __init__(self, name: _Optional[str] = ..., size: _Optional[int] = ..., header_digest: _Optional[bytes] = ...) -> None: ...
+    fingerprint: bytes
+    def __init__(self, name: _Optional[str] = ..., size: _Optional[int] = ..., fingerprint: _Optional[bytes] = ...) -> None: ...
 
 class ShardPlan(_message.Message):
     __slots__ = ("shard", "num_shards", "dtype", "quantization", "hidden", "attention", "heads", "kv_heads", "layers", "head", "vocabulary", "files", "page_tokens", "random_weights")

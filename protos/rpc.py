@@ -9,16 +9,19 @@ from protos.errors import InvalidArgument
 PROTOCOL_VERSION = 1
 """Raised whenever a message of `shardworker.proto` or `plan.proto` changes its meaning."""
 
-MAX_MESSAGE_BYTES = 256 * 1024 * 1024
-"""Largest message between coordinator and workers: a prefill chunk, a plan, a step's full logits."""
+MAX_WORKER_REQUEST_BYTES = 64 * 1024 * 1024
+"""Largest message to a worker: a prefill chunk or a plan."""
 
-MAX_REQUEST_BYTES = 16 * 1024 * 1024
-"""Largest message from a caller: a prompt."""
+MAX_WORKER_REPLY_BYTES = 256 * 1024 * 1024
+"""Largest message from a worker: all logits of many rows."""
+
+MAX_CALLER_BYTES = 4 * 1024 * 1024
+"""Largest message from or to a caller: a prompt."""
+
+MAX_CONCURRENT_STREAMS = 1024
+"""Calls that one connection may have open at once."""
 
 DESCRIBE_DEADLINE_S = 10.0
-OPEN_DEADLINE_S = 30.0
-ROUND_DEADLINE_S = 120.0
-"""Longest that one round of a step may take on the slowest worker."""
 LOAD_SILENCE_S = 60.0
 """Longest that a loading worker may send no progress."""
 
@@ -31,22 +34,28 @@ _KEEPALIVE = [
 ]
 
 
-def channel_options(max_message_bytes: int = MAX_MESSAGE_BYTES) -> list[tuple[str, int]]:
+def round_deadline_s(num_rows: int) -> float:
+    """Longest that one round of a step may take on the slowest worker, seconds."""
+    return 10.0 + 0.25 * num_rows
+
+
+def channel_options(*, max_send_bytes: int, max_receive_bytes: int) -> list[tuple[str, int]]:
     """Options of every client channel."""
     return [
-        ("grpc.max_send_message_length", max_message_bytes),
-        ("grpc.max_receive_message_length", max_message_bytes),
+        ("grpc.max_send_message_length", max_send_bytes),
+        ("grpc.max_receive_message_length", max_receive_bytes),
         # Each channel is one peer: a shared connection pool would let one coordinator's sessions end with another's.
         ("grpc.use_local_subchannel_pool", 1),
         *_KEEPALIVE,
     ]
 
 
-def server_options(max_receive_bytes: int = MAX_MESSAGE_BYTES) -> list[tuple[str, int]]:
+def server_options(*, max_send_bytes: int, max_receive_bytes: int) -> list[tuple[str, int]]:
     """Options of every server; its ping policy admits what `channel_options` sends."""
     return [
-        ("grpc.max_send_message_length", MAX_MESSAGE_BYTES),
+        ("grpc.max_send_message_length", max_send_bytes),
         ("grpc.max_receive_message_length", max_receive_bytes),
+        ("grpc.max_concurrent_streams", MAX_CONCURRENT_STREAMS),
         ("grpc.http2.min_ping_interval_without_data_ms", KEEPALIVE_MS // 2),
         # Two daemons on one port would share its connections at random.
         ("grpc.so_reuseport", 0),
@@ -55,6 +64,7 @@ def server_options(max_receive_bytes: int = MAX_MESSAGE_BYTES) -> list[tuple[str
 
 
 _PORT_LIMIT = 65536
+_UNIX_PATH_LIMIT = 107  # sockaddr_un's, less the closing zero
 _HOST_PORT = re.compile(r"(?P<host>\[[0-9a-fA-F:.%]+\]|[^\s:/\[\]]+):(?P<port>[0-9]{1,5})")
 
 
@@ -70,8 +80,9 @@ def check_address(address: str, *, insecure: bool) -> str:
 
     """
     if address.startswith("unix:"):
-        if not address.removeprefix("unix:"):
-            raise InvalidArgument("address unix: needs a path, for example unix:/run/shardmesh/worker.sock")
+        path = address.removeprefix("unix:")
+        if not 0 < len(path.encode()) <= _UNIX_PATH_LIMIT:
+            raise InvalidArgument(f"address {address!r} needs a path of 1 to {_UNIX_PATH_LIMIT} bytes after unix:")
         return address
     match = _HOST_PORT.fullmatch(address)
     if not match or int(match["port"]) >= _PORT_LIMIT:

@@ -21,16 +21,16 @@ WORKER_STATE_LOADING: WorkerState
 WORKER_STATE_LOADED: WorkerState
 
 class Held(_message.Message):
-    __slots__ = ("state", "plan_digest", "shard", "epoch")
+    __slots__ = ("state", "plan_digest", "shard", "assignment")
     STATE_FIELD_NUMBER: _ClassVar[int]
     PLAN_DIGEST_FIELD_NUMBER: _ClassVar[int]
     SHARD_FIELD_NUMBER: _ClassVar[int]
-    EPOCH_FIELD_NUMBER: _ClassVar[int]
+    ASSIGNMENT_FIELD_NUMBER: _ClassVar[int]
     state: WorkerState
     plan_digest: bytes
     shard: int
-    epoch: int
-    def __init__(self, state: _Optional[_Union[WorkerState, str]] = ..., plan_digest: _Optional[bytes] = ..., shard: _Optional[int] = ..., epoch: _Optional[int] = ...) -> None: ...
+    assignment: int
+    def __init__(self, state: _Optional[_Union[WorkerState, str]] = ..., plan_digest: _Optional[bytes] = ..., shard: _Optional[int] = ..., assignment: _Optional[int] = ...) -> None: ...
 
 class DescribeRequest(_message.Message):
     __slots__ = ()
@@ -63,18 +63,18 @@ class DescribeResponse(_message.Message):
     def __init__(self, protocol_version: _Optional[int] = ..., version: _Optional[str] = ..., held: _Optional[_Union[Held, _Mapping]] = ..., device: _Optional[str] = ..., num_threads: _Optional[int] = ..., memory_total_bytes: _Optional[int] = ..., memory_free_bytes: _Optional[int] = ..., weights_bytes: _Optional[int] = ..., peak_rss_bytes: _Optional[int] = ..., num_sessions: _Optional[int] = ..., kv_bytes: _Optional[int] = ...) -> None: ...
 
 class LoadRequest(_message.Message):
-    __slots__ = ("protocol_version", "plan", "shard_digests", "epoch", "directory")
+    __slots__ = ("protocol_version", "plan", "shard_digests", "assignment", "directory")
     PROTOCOL_VERSION_FIELD_NUMBER: _ClassVar[int]
     PLAN_FIELD_NUMBER: _ClassVar[int]
     SHARD_DIGESTS_FIELD_NUMBER: _ClassVar[int]
-    EPOCH_FIELD_NUMBER: _ClassVar[int]
+    ASSIGNMENT_FIELD_NUMBER: _ClassVar[int]
     DIRECTORY_FIELD_NUMBER: _ClassVar[int]
     protocol_version: int
     plan: _plan_pb2.ShardPlan
     shard_digests: _containers.RepeatedScalarFieldContainer[bytes]
-    epoch: int
+    assignment: int
     directory: str
-    def __init__(self, protocol_version: _Optional[int] = ..., plan: _Optional[_Union[_plan_pb2.ShardPlan, _Mapping]] = ..., shard_digests: _Optional[_Iterable[bytes]] = ..., epoch: _Optional[int] = ..., directory: _Optional[str] = ...) -> None: ...
+    def __init__(self, protocol_version: _Optional[int] = ..., plan: _Optional[_Union[_plan_pb2.ShardPlan, _Mapping]] = ..., shard_digests: _Optional[_Iterable[bytes]] = ..., assignment: _Optional[int] = ..., directory: _Optional[str] = ...) -> None: ...
 
 class LoadProgress(_message.Message):
     __slots__ = ("loaded_bytes", "total_bytes")
@@ -105,10 +105,10 @@ class LoadResponse(_message.Message):
     def __init__(self, progress: _Optional[_Union[LoadProgress, _Mapping]] = ..., loaded: _Optional[_Union[Loaded, _Mapping]] = ...) -> None: ...
 
 class ReleaseRequest(_message.Message):
-    __slots__ = ("epoch",)
-    EPOCH_FIELD_NUMBER: _ClassVar[int]
-    epoch: int
-    def __init__(self, epoch: _Optional[int] = ...) -> None: ...
+    __slots__ = ("assignment",)
+    ASSIGNMENT_FIELD_NUMBER: _ClassVar[int]
+    assignment: int
+    def __init__(self, assignment: _Optional[int] = ...) -> None: ...
 
 class ReleaseResponse(_message.Message):
     __slots__ = ("held",)
@@ -117,10 +117,11 @@ class ReleaseResponse(_message.Message):
     def __init__(self, held: _Optional[_Union[Held, _Mapping]] = ...) -> None: ...
 
 class ExecuteRequest(_message.Message):
-    __slots__ = ("plan_digest", "epoch", "step", "batch", "open", "project", "attend", "feed_forward", "head")
+    __slots__ = ("plan_digest", "epoch", "step", "round", "batch", "open", "project", "attend", "feed_forward", "head")
     PLAN_DIGEST_FIELD_NUMBER: _ClassVar[int]
     EPOCH_FIELD_NUMBER: _ClassVar[int]
     STEP_FIELD_NUMBER: _ClassVar[int]
+    ROUND_FIELD_NUMBER: _ClassVar[int]
     BATCH_FIELD_NUMBER: _ClassVar[int]
     OPEN_FIELD_NUMBER: _ClassVar[int]
     PROJECT_FIELD_NUMBER: _ClassVar[int]
@@ -130,21 +131,24 @@ class ExecuteRequest(_message.Message):
     plan_digest: bytes
     epoch: int
     step: int
+    round: int
     batch: Batch
     open: Open
     project: Project
     attend: Attend
     feed_forward: FeedForward
     head: Head
-    def __init__(self, plan_digest: _Optional[bytes] = ..., epoch: _Optional[int] = ..., step: _Optional[int] = ..., batch: _Optional[_Union[Batch, _Mapping]] = ..., open: _Optional[_Union[Open, _Mapping]] = ..., project: _Optional[_Union[Project, _Mapping]] = ..., attend: _Optional[_Union[Attend, _Mapping]] = ..., feed_forward: _Optional[_Union[FeedForward, _Mapping]] = ..., head: _Optional[_Union[Head, _Mapping]] = ...) -> None: ...
+    def __init__(self, plan_digest: _Optional[bytes] = ..., epoch: _Optional[int] = ..., step: _Optional[int] = ..., round: _Optional[int] = ..., batch: _Optional[_Union[Batch, _Mapping]] = ..., open: _Optional[_Union[Open, _Mapping]] = ..., project: _Optional[_Union[Project, _Mapping]] = ..., attend: _Optional[_Union[Attend, _Mapping]] = ..., feed_forward: _Optional[_Union[FeedForward, _Mapping]] = ..., head: _Optional[_Union[Head, _Mapping]] = ...) -> None: ...
 
 class Open(_message.Message):
-    __slots__ = ("protocol_version", "num_pages")
+    __slots__ = ("protocol_version", "num_pages", "coordinator")
     PROTOCOL_VERSION_FIELD_NUMBER: _ClassVar[int]
     NUM_PAGES_FIELD_NUMBER: _ClassVar[int]
+    COORDINATOR_FIELD_NUMBER: _ClassVar[int]
     protocol_version: int
     num_pages: int
-    def __init__(self, protocol_version: _Optional[int] = ..., num_pages: _Optional[int] = ...) -> None: ...
+    coordinator: bytes
+    def __init__(self, protocol_version: _Optional[int] = ..., num_pages: _Optional[int] = ..., coordinator: _Optional[bytes] = ...) -> None: ...
 
 class Batch(_message.Message):
     __slots__ = ("sequences", "released")
@@ -247,8 +251,9 @@ class Fault(_message.Message):
     def __init__(self, code: _Optional[int] = ..., reason: _Optional[str] = ..., message: _Optional[str] = ..., held: _Optional[_Union[Held, _Mapping]] = ..., sequence: _Optional[int] = ..., position: _Optional[int] = ...) -> None: ...
 
 class ExecuteResponse(_message.Message):
-    __slots__ = ("step", "epoch", "shard", "compute_ns", "queue_ns", "opened", "partial", "squares", "head", "fault")
+    __slots__ = ("step", "round", "epoch", "shard", "compute_ns", "queue_ns", "opened", "partial", "squares", "head", "fault")
     STEP_FIELD_NUMBER: _ClassVar[int]
+    ROUND_FIELD_NUMBER: _ClassVar[int]
     EPOCH_FIELD_NUMBER: _ClassVar[int]
     SHARD_FIELD_NUMBER: _ClassVar[int]
     COMPUTE_NS_FIELD_NUMBER: _ClassVar[int]
@@ -259,6 +264,7 @@ class ExecuteResponse(_message.Message):
     HEAD_FIELD_NUMBER: _ClassVar[int]
     FAULT_FIELD_NUMBER: _ClassVar[int]
     step: int
+    round: int
     epoch: int
     shard: int
     compute_ns: int
@@ -268,4 +274,4 @@ class ExecuteResponse(_message.Message):
     squares: _tensor_pb2.Tensor
     head: HeadResult
     fault: Fault
-    def __init__(self, step: _Optional[int] = ..., epoch: _Optional[int] = ..., shard: _Optional[int] = ..., compute_ns: _Optional[int] = ..., queue_ns: _Optional[int] = ..., opened: _Optional[_Union[Opened, _Mapping]] = ..., partial: _Optional[_Union[_tensor_pb2.Tensor, _Mapping]] = ..., squares: _Optional[_Union[_tensor_pb2.Tensor, _Mapping]] = ..., head: _Optional[_Union[HeadResult, _Mapping]] = ..., fault: _Optional[_Union[Fault, _Mapping]] = ...) -> None: ...
+    def __init__(self, step: _Optional[int] = ..., round: _Optional[int] = ..., epoch: _Optional[int] = ..., shard: _Optional[int] = ..., compute_ns: _Optional[int] = ..., queue_ns: _Optional[int] = ..., opened: _Optional[_Union[Opened, _Mapping]] = ..., partial: _Optional[_Union[_tensor_pb2.Tensor, _Mapping]] = ..., squares: _Optional[_Union[_tensor_pb2.Tensor, _Mapping]] = ..., head: _Optional[_Union[HeadResult, _Mapping]] = ..., fault: _Optional[_Union[Fault, _Mapping]] = ...) -> None: ...

@@ -26,7 +26,8 @@ if _version_not_supported:
 
 
 class ShardWorkerStub:
-    """Missing associated documentation comment in .proto file."""
+    """What a worker offers to coordinators.
+    """
 
     def __init__(self, channel):
         """Constructor.
@@ -57,7 +58,8 @@ class ShardWorkerStub:
 
 
 class ShardWorkerServicer:
-    """Missing associated documentation comment in .proto file."""
+    """What a worker offers to coordinators.
+    """
 
     def Describe(self, request, context):
         """What the worker is and holds. Idempotent, answers at any time, also while loading.
@@ -69,7 +71,7 @@ class ShardWorkerServicer:
     def Load(self, request, context):
         """Makes the worker the shard of `plan`; progress until exactly one `loaded`. Idempotent: a plan that is held already is
         not read again. Another plan replaces the held one; on failure the worker holds nothing.
-        FAILED_PRECONDITION: other protocol version, missing or different checkpoint files. ABORTED: lower epoch.
+        FAILED_PRECONDITION: other protocol version, missing or different checkpoint files. ABORTED: lower assignment.
         INVALID_ARGUMENT: a plan that contradicts itself. RESOURCE_EXHAUSTED: too little memory.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
@@ -86,7 +88,7 @@ class ShardWorkerServicer:
         raise NotImplementedError('Method not implemented!')
 
     def Release(self, request, context):
-        """Drops the held plan and its weights. Idempotent. ABORTED: lower epoch.
+        """Drops the held plan and its weights. Idempotent. ABORTED: lower assignment.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -124,7 +126,8 @@ def add_ShardWorkerServicer_to_server(servicer, server):
 
  # This class is part of an EXPERIMENTAL API.
 class ShardWorker:
-    """Missing associated documentation comment in .proto file."""
+    """What a worker offers to coordinators.
+    """
 
     @staticmethod
     def Describe(request,

@@ -21,6 +21,7 @@ BLOCK = 32
 """Elements of the last dimension that share one scale in `DTYPE_INT8_BLOCK32`, and the group size of quantized weights."""
 
 MAX_DIMENSIONS = 4
+MAX_DIMENSION = 2**31 - 1
 
 TORCH_DTYPES = {
     tensor_pb2.DTYPE_F32: torch.float32,
@@ -43,11 +44,13 @@ def encode(tensor: torch.Tensor, dtype: tensor_pb2.DType) -> tensor_pb2.Tensor:
 
     """
     shape = list(tensor.shape)
+    if not tensor.numel():
+        return tensor_pb2.Tensor(dtype=dtype, shape=shape)
     if dtype == tensor_pb2.DTYPE_INT8_BLOCK32:
         return tensor_pb2.Tensor(dtype=dtype, shape=shape, data=_encode_blocks(tensor))
     flat = tensor.detach().to(device="cpu", dtype=TORCH_DTYPES[dtype]).contiguous()
     # numpy has no bfloat16, but bytes are bytes.
-    return tensor_pb2.Tensor(dtype=dtype, shape=shape, data=flat.view(torch.uint8).numpy().tobytes() if flat.numel() else b"")
+    return tensor_pb2.Tensor(dtype=dtype, shape=shape, data=flat.view(torch.uint8).numpy().tobytes())
 
 
 def decode(message: tensor_pb2.Tensor) -> torch.Tensor:
@@ -57,16 +60,28 @@ def decode(message: tensor_pb2.Tensor) -> torch.Tensor:
         InvalidArgument: unknown dtype, or data that does not fit the shape.
 
     """
+    # Lengths first: a hostile message may claim millions of dimensions.
+    if not 1 <= len(message.shape) <= MAX_DIMENSIONS:
+        raise InvalidArgument(f"a tensor needs 1 to {MAX_DIMENSIONS} dimensions, found {len(message.shape)}")
     shape = tuple(message.shape)
-    if not 1 <= len(shape) <= MAX_DIMENSIONS:
-        raise InvalidArgument(f"a tensor needs 1 to {MAX_DIMENSIONS} dimensions, found {len(shape)}")
-    if (wanted := num_bytes(message.dtype, shape)) != len(message.data):
-        raise InvalidArgument(f"a tensor of shape {list(shape)} needs {wanted} bytes, found {len(message.data)}")
-    if not message.data:
-        return torch.empty(shape, dtype=TORCH_DTYPES.get(message.dtype, torch.float32))
+    if max(shape) > MAX_DIMENSION:
+        raise InvalidArgument(f"a tensor's dimensions must be below 2^31, found shape {list(shape)}")
+    # Read once: each access to a bytes field copies it.
+    data = message.data
+    if (wanted := num_bytes(message.dtype, shape)) != len(data):
+        raise InvalidArgument(f"a tensor of shape {list(shape)} needs {wanted} bytes, found {len(data)}")
+    if not data:
+        return _empty(message.dtype, shape)
     if message.dtype == tensor_pb2.DTYPE_INT8_BLOCK32:
-        return _decode_blocks(message.data, shape)
-    return torch.frombuffer(message.data, dtype=TORCH_DTYPES[message.dtype]).view(shape)
+        return _decode_blocks(data, shape)
+    return torch.frombuffer(data, dtype=TORCH_DTYPES[message.dtype]).view(shape)
+
+
+def _empty(dtype: tensor_pb2.DType, shape: tuple[int, ...]) -> torch.Tensor:
+    try:
+        return torch.empty(shape, dtype=TORCH_DTYPES.get(dtype, torch.float32))
+    except RuntimeError:
+        raise InvalidArgument(f"a tensor of shape {list(shape)} has no elements and impossible strides") from None
 
 
 def num_bytes(dtype: tensor_pb2.DType, shape: Sequence[int]) -> int:

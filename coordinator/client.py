@@ -1,0 +1,92 @@
+"""A caller of the Generation service: what `coordctl` uses, in the cluster and on its private mesh alike."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Self
+
+import grpc
+
+from protos import rpc
+from protos.errors import from_rpc_error
+from protos.generation_pb2 import (
+    GenerateRequest,
+    GenerateResponse,
+    GetMeshRequest,
+    GetMeshResponse,
+    GetModelRequest,
+    GetModelResponse,
+)
+from protos.generation_pb2_grpc import GenerationStub
+
+if TYPE_CHECKING:
+    from collections.abc import AsyncGenerator
+
+_OPTIONS = rpc.channel_options(max_send_bytes=rpc.MAX_CALLER_BYTES, max_receive_bytes=rpc.MAX_CALLER_BYTES)
+
+CALL_DEADLINE_S = 10.0
+"""Of everything but Generate, which may take as long as its tokens."""
+
+
+class GenerationClient:
+    """A channel to one coordinator."""
+
+    def __init__(self, address: str) -> None:
+        """Make the channel.
+
+        Args:
+            address: checked by `protos.rpc.check_address`.
+
+        """
+        self._peer = f"coordinator {address}"
+        self._channel = grpc.aio.insecure_channel(address, options=_OPTIONS)
+        self._stub = GenerationStub(self._channel)
+
+    async def generate(self, request: GenerateRequest) -> AsyncGenerator[GenerateResponse, None]:
+        """Stream one completion; closing the generator cancels it.
+
+        Raises:
+            MeshError: what the coordinator says, or that it cannot be reached.
+
+        """
+        call = self._stub.Generate(request)
+        try:
+            async for response in call:
+                yield response
+        except grpc.aio.AioRpcError as error:
+            raise from_rpc_error(error, self._peer) from None
+        finally:
+            call.cancel()
+
+    async def model(self) -> GetModelResponse:
+        """Ask what model is served.
+
+        Raises:
+            MeshError: as above.
+
+        """
+        try:
+            response: GetModelResponse = await self._stub.GetModel(GetModelRequest(), timeout=CALL_DEADLINE_S)
+        except grpc.aio.AioRpcError as error:
+            raise from_rpc_error(error, self._peer) from None
+        return response
+
+    async def mesh(self) -> GetMeshResponse:
+        """Ask for workers, plan, load and health.
+
+        Raises:
+            MeshError: as above.
+
+        """
+        try:
+            response: GetMeshResponse = await self._stub.GetMesh(GetMeshRequest(), timeout=CALL_DEADLINE_S)
+        except grpc.aio.AioRpcError as error:
+            raise from_rpc_error(error, self._peer) from None
+        return response
+
+    async def __aenter__(self) -> Self:
+        """Use as a context that closes the channel."""
+        return self
+
+    async def __aexit__(self, *_: object) -> None:
+        """Close the channel."""
+        await self._channel.close()

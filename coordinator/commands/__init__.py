@@ -1,0 +1,1 @@
+"""The subcommands of `coordctl`, one a file."""

@@ -1,0 +1,65 @@
+"""Flags that several commands share."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, ParamSpec, TypeVar
+
+import click
+
+from coordinator.config import DEVICES, DTYPES, QUANTIZATIONS, WIRES
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+P = ParamSpec("P")
+R = TypeVar("R")
+
+_MODEL_OPTIONS = (
+    click.option(
+        "--dtype",
+        type=click.Choice(["auto", *DTYPES]),
+        default="auto",
+        show_default=True,
+        help="Arithmetic; auto: the checkpoint's.",
+    ),
+    click.option(
+        "--quantize", type=click.Choice(list(QUANTIZATIONS)), default="none", show_default=True, help="Weights of the workers."
+    ),
+    click.option(
+        "--load-format",
+        type=click.Choice(["auto", "random"]),
+        default="auto",
+        show_default=True,
+        help="random: only config.json is read.",
+    ),
+)
+
+
+def model_options(command: Callable[P, R]) -> Callable[P, R]:
+    """Add the flags that say how a model is kept."""
+    for option in reversed(_MODEL_OPTIONS):
+        command = option(command)
+    return command
+
+
+def mesh_options(command: Callable[P, R]) -> Callable[P, R]:
+    """Add the flags that say how a mesh computes."""
+    for option in (
+        click.option("--kv-tokens", type=click.IntRange(min=1), help="Tokens of KV cache; default: 65536 or what fits."),
+        click.option(
+            "--wire",
+            type=click.Choice(list(WIRES)),
+            default="bf16",
+            show_default=True,
+            help="Activations between coordinator and workers.",
+        ),
+    ):
+        command = option(command)
+    return command
+
+
+device_option = click.option(
+    "--device", type=click.Choice(DEVICES), default="auto", show_default=True, help="Of embedded workers."
+)
+json_option = click.option("--json", "as_json", is_flag=True, help="Print one JSON object and nothing else.")
+insecure_option = click.option("--insecure", is_flag=True, help="Allow TCP without TLS.")

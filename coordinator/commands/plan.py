@@ -1,0 +1,171 @@
+"""`coordctl plan`: who would hold what, and what it takes; loads nothing and needs no worker.
+
+Reads config.json and safetensors headers. Of a model that is not here but on the hub only the configuration is fetched, and
+the plan is made from that alone.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import click
+from rich.console import Console
+from rich.table import Table
+
+from coordinator.commands.options import json_option, model_options
+from coordinator.config import DTYPES, QUANTIZATIONS
+from coordinator.models.checkpoint import Checkpoint, has_weights
+from coordinator.models.config import read_config
+from coordinator.models.hub import resolve
+from coordinator.models.layout import has_own_head, num_parameters
+from coordinator.models.registry import describe
+from coordinator.planning.plan import MeshPlan, default_dtype, plan_mesh
+from coordinator.planning.sizes import column_ranges
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from coordinator.models.spec import ModelSpec
+    from coordinator.planning.slicing import Span
+
+_FILE_WIDTH = 200
+_GIB = 2**30
+_MIB = 2**20
+_KIB = 2**10
+
+
+@click.command()
+@click.option("--model", required=True, help="Folder or hub id.")
+@click.option("--shards", type=int, default=1, show_default=True, help="Workers that hold the model.")
+@model_options
+@json_option
+def plan(model: str, shards: int, dtype: str, quantize: str, load_format: str, *, as_json: bool) -> None:
+    """Show who holds what, weight bytes of each worker and KV bytes of a token."""
+    directory = resolve(model, weights=False)
+    config = read_config(directory)
+    spec = describe(config)
+    checkpoint = _open_checkpoint(model, directory, load_format)
+    mesh = plan_mesh(
+        spec,
+        checkpoint,
+        shards,
+        dtype=default_dtype(config, checkpoint) if dtype == "auto" else DTYPES[dtype],
+        quantization=QUANTIZATIONS[quantize],
+    )
+    own_head = has_own_head(spec, checkpoint.tensors if checkpoint else None)
+    outline = Outline(model, spec, mesh, num_parameters(spec, own_head=own_head), headers=checkpoint is not None)
+    if as_json:
+        click.echo(json.dumps(outline.as_dict()))
+    else:
+        # Without a terminal there is no width to keep to.
+        outline.print(Console() if sys.stdout.isatty() else Console(width=_FILE_WIDTH))
+
+
+def _open_checkpoint(model: str, directory: Path, load_format: str) -> Checkpoint | None:
+    if load_format == "random":
+        return None
+    # What is on the hub is planned without its weights, unless they are here already.
+    if Path(model).is_dir() or has_weights(directory):
+        return Checkpoint.open(directory)
+    return None
+
+
+@dataclass(frozen=True, slots=True)
+class Outline:
+    """A plan as a person, or a program, sees it."""
+
+    model: str
+    spec: ModelSpec
+    mesh: MeshPlan
+    parameters: int
+    headers: bool
+    """Whether the checkpoint's headers were read and agree."""
+
+    @property
+    def dtype(self) -> str:
+        """As on the command line."""
+        return next(name for name, dtype in DTYPES.items() if dtype == self.mesh.shards[0].dtype)
+
+    @property
+    def quantization(self) -> str:
+        """As on the command line."""
+        return next(name for name, kind in QUANTIZATIONS.items() if kind == self.mesh.shards[0].quantization)
+
+    def as_dict(self) -> dict[str, object]:
+        """Make the object of `--json`; ranges are half-open [start, end], sizes are bytes."""
+        spec, mesh = self.spec, self.mesh
+        shards = [
+            {
+                "shard": shard.shard,
+                "heads": [shard.heads.start, shard.heads.end],
+                "kv_heads": [shard.kv_heads.start, shard.kv_heads.end],
+                **{f"{kind}_columns": list(span) for kind, span in column_ranges(shard).items()},
+                "vocabulary": [shard.vocabulary.start, shard.vocabulary.end],
+                "weight_bytes": mesh.weight_bytes[shard.shard],
+                "kv_bytes_per_token": mesh.kv_bytes_per_token[shard.shard],
+            }
+            for shard in mesh.shards
+        ]
+        return {
+            "model": self.model,
+            "family": spec.family,
+            "parameters": self.parameters,
+            "layers": spec.num_layers,
+            "hidden": spec.hidden,
+            "vocabulary": spec.vocabulary,
+            "context": spec.context,
+            "dtype": self.dtype,
+            "quantization": self.quantization,
+            "headers_checked": self.headers,
+            "plan_digest": mesh.digest.hex(),
+            "shards": shards,
+            "total_weight_bytes": sum(mesh.weight_bytes),
+            "total_kv_bytes_per_token": sum(mesh.kv_bytes_per_token),
+        }
+
+    def print(self, console: Console) -> None:
+        """Print a table, one line for each shard."""
+        spec, mesh = self.spec, self.mesh
+        quantized = "" if self.quantization == "none" else f", {self.quantization} weights"
+        console.print(
+            f"{self.model}: {spec.family}, {_show_count(self.parameters)} parameters, {spec.num_layers} layers, "
+            f"context {spec.context}, {self.dtype}{quantized}",
+            highlight=False,
+            markup=False,
+        )
+        kinds = list(column_ranges(mesh.shards[0]))
+        table = Table(box=None, pad_edge=False, header_style="bold")
+        for title in ("shard", "heads", "kv heads", *(f"{kind} columns" for kind in kinds), "vocabulary"):
+            table.add_column(title, justify="right", no_wrap=True)
+        table.add_column("weights", justify="right", no_wrap=True)
+        table.add_column("KV per token", justify="right", no_wrap=True)
+        for shard, weights, kv in zip(mesh.shards, mesh.weight_bytes, mesh.kv_bytes_per_token, strict=True):
+            ranges = column_ranges(shard)
+            spans = [(shard.heads.start, shard.heads.end), (shard.kv_heads.start, shard.kv_heads.end)]
+            spans += [*ranges.values(), (shard.vocabulary.start, shard.vocabulary.end)]
+            table.add_row(str(shard.shard), *_show_spans(spans), show_bytes(weights), show_bytes(kv))
+        total = (show_bytes(sum(mesh.weight_bytes)), show_bytes(sum(mesh.kv_bytes_per_token)))
+        table.add_row("all", *[""] * (3 + len(kinds)), *total, style="bold")
+        console.print(table)
+        if not self.headers:
+            console.print("Planned from config.json alone: no weights were looked at.", highlight=False)
+
+
+def show_bytes(num_bytes: int) -> str:
+    """Write bytes in the unit in which they read best."""
+    for unit, size in (("GiB", _GIB), ("MiB", _MIB), ("KiB", _KIB)):
+        if num_bytes >= size:
+            return f"{num_bytes // size} {unit}" if num_bytes % size == 0 else f"{num_bytes / size:.2f} {unit}"
+    return f"{num_bytes} B"
+
+
+def _show_count(count: int) -> str:
+    return f"{count / 1e9:.2f} billion" if count >= 10**9 else f"{count / 1e6:.2f} million"
+
+
+def _show_spans(spans: Sequence[Span]) -> list[str]:
+    return [f"{start}-{end - 1} ({end - start})" for start, end in spans]

@@ -1,0 +1,104 @@
+"""One round to all shards: write to all before reading from any, read in shard order, one deadline."""
+
+from __future__ import annotations
+
+import asyncio
+from typing import TYPE_CHECKING
+
+from protos import rpc
+from protos.errors import ERRORS, MeshError, WorkerLost, WrongResult
+from protos.shardworker_pb2 import ExecuteRequest, Open
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from coordinator.workers.client import WorkerSession
+    from protos.shardworker_pb2 import ExecuteResponse
+
+
+class Fanout:
+    """The sessions of a mesh, one for each shard, in shard order."""
+
+    def __init__(self, sessions: Sequence[WorkerSession], plan_digest: bytes, epoch: int) -> None:
+        """Take over started sessions; `open` them before the first step.
+
+        Args:
+            sessions: one for each shard.
+            plan_digest: of the mesh.
+            epoch: this coordinator's count of meshes.
+
+        """
+        self.plan_digest = plan_digest
+        self.epoch = epoch
+        self._sessions = tuple(sessions)
+        self._round = 0
+
+    @property
+    def addresses(self) -> tuple[str, ...]:
+        """Of the workers, in shard order."""
+        return tuple(session.address for session in self._sessions)
+
+    async def open(self, coordinator: bytes, num_pages: int) -> None:
+        """Open all sessions with KV pages of their own.
+
+        Args:
+            coordinator: identity of this process, 16 bytes.
+            num_pages: KV pages of each session.
+
+        Raises:
+            MeshError: a worker refuses, or does not hold its shard of the plan.
+
+        """
+        action = Open(protocol_version=rpc.PROTOCOL_VERSION, coordinator=coordinator, num_pages=num_pages)
+        await self.round(ExecuteRequest(open=action), "opened", num_rows=0)
+
+    async def round(self, request: ExecuteRequest, result: str, num_rows: int) -> list[ExecuteResponse]:
+        """Send one request to all shards and collect their responses in shard order.
+
+        Args:
+            request: without fence and round, which are filled in here.
+            result: the kind of result wanted, a field name of `ExecuteResponse`.
+            num_rows: rows in the request, for the deadline.
+
+        Raises:
+            WorkerLost: a stream is broken or a worker misses the deadline.
+            WrongResult: a response belongs to something else.
+            MeshError: what a worker's fault says.
+
+        """
+        self._round += 1
+        request.plan_digest, request.epoch, request.round = self.plan_digest, self.epoch, self._round
+        data = request.SerializeToString()
+        deadline_s = rpc.round_deadline_s(num_rows)
+        replies: list[ExecuteResponse] = []
+        awaited = 0
+        try:
+            async with asyncio.timeout(deadline_s):
+                for awaited, session in enumerate(self._sessions):
+                    await session.write(data)
+                for awaited, session in enumerate(self._sessions):
+                    replies.append(await session.read())
+        except TimeoutError:
+            raise WorkerLost(f"{self._name(awaited)} did not answer within {deadline_s:g} s") from None
+        for shard, reply in enumerate(replies):
+            self._check(shard, reply, request, result)
+        return replies
+
+    def close(self) -> None:
+        """End all sessions."""
+        for session in self._sessions:
+            session.cancel()
+
+    def _check(self, shard: int, reply: ExecuteResponse, request: ExecuteRequest, result: str) -> None:
+        kind = reply.WhichOneof("result")
+        if kind == "fault":
+            fault = reply.fault
+            raise ERRORS.get(fault.reason, MeshError)(f"{self._name(shard)}: {fault.message}")
+        found = (kind, reply.step, reply.round, reply.epoch, reply.shard)
+        wanted = (result, request.step, request.round, request.epoch, shard)
+        if found != wanted:
+            names = "(result, step, round, epoch, shard)"
+            raise WrongResult(f"{self._name(shard)} answered {names} = {found}, wanted {wanted}")
+
+    def _name(self, shard: int) -> str:
+        return f"worker {self._sessions[shard].address}"

@@ -1,0 +1,146 @@
+"""The layer loop: one step through the whole model, readable as its formula.
+
+    hidden = embed(tokens)
+    for each layer:
+        hidden += sum over shards of attend(norm(hidden))
+        hidden += sum over shards of feed_forward(norm(hidden), route(norm(hidden)))
+    return norm(hidden) of the rows to sample from
+
+The residual stream stays here in float32; what crosses the wire is normed rows and partials, in the wire's dtype.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import torch
+from torch.nn import functional
+
+from coordinator.models.spec import MoeSpec
+from coordinator.reduce import reduce_partials
+from coordinator.router import route
+from protos import shardworker_pb2, tensor_pb2
+from protos.plan_pb2 import QK_NORM_FULL
+from protos.shardworker_pb2 import ExecuteRequest
+from protos.tensors import encode
+
+if TYPE_CHECKING:
+    from coordinator.fanout import Fanout
+    from coordinator.models.spec import ModelSpec
+    from coordinator.resident import Resident, ResidentLayer
+    from coordinator.scheduler import Step
+
+
+class Forward:
+    """Steps of one model through one mesh."""
+
+    def __init__(self, spec: ModelSpec, resident: Resident, fanout: Fanout, wire: tensor_pb2.DType) -> None:
+        """Bind the model's formula to a mesh."""
+        self._spec = spec
+        self._resident = resident
+        self._fanout = fanout
+        self._wire = wire
+
+    async def run(self, step: Step, number: int) -> torch.Tensor:
+        """Carry the step's rows through all layers.
+
+        Args:
+            step: the rows; their KV is written on the workers.
+            number: of the step, rising within the mesh's sessions.
+
+        Returns:
+            f32 [rows to sample from, hidden], normed for the head.
+
+        Raises:
+            MeshError: see `Fanout.round` and `reduce_partials`.
+
+        """
+        hidden = self._resident.embed(_token_ids(step))  # [rows, hidden]
+        for index, layer in enumerate(self._resident.layers):
+            request = ExecuteRequest(step=number, batch=_batch(step) if index == 0 else None)
+            hidden = hidden + await self._attend(request, index, self._norm(hidden, layer.attention_norm))
+            if index == len(self._resident.layers) - 1:
+                # The last keys and values are written: of the other rows nothing is needed any more.
+                hidden = hidden[_sampled_rows(step)]
+            if len(hidden):
+                request = ExecuteRequest(step=number)
+                hidden = hidden + await self._feed_forward(request, index, self._norm(hidden, layer.feed_forward_norm))
+        return self._norm(hidden, self._resident.final_norm)
+
+    async def _attend(self, request: ExecuteRequest, layer: int, normed: torch.Tensor) -> torch.Tensor:
+        rows = encode(normed, self._wire)
+        if self._spec.attention.qk_norm == QK_NORM_FULL:
+            request.project.CopyFrom(shardworker_pb2.Project(layer=layer, hidden=rows))
+            squares = await self._squares(request, len(normed))
+            request = ExecuteRequest(step=request.step)
+            request.attend.CopyFrom(shardworker_pb2.Attend(layer=layer, squares=squares))
+        else:
+            request.attend.CopyFrom(shardworker_pb2.Attend(layer=layer, hidden=rows))
+        return await self._reduced(request, normed)
+
+    async def _feed_forward(self, request: ExecuteRequest, layer: int, normed: torch.Tensor) -> torch.Tensor:
+        action = shardworker_pb2.FeedForward(layer=layer, hidden=encode(normed, self._wire))
+        block = self._spec.feed_forward[layer]
+        if isinstance(block, MoeSpec):
+            self._add_route(action, block, self._resident.layers[layer], normed)
+        request.feed_forward.CopyFrom(action)
+        return await self._reduced(request, normed)
+
+    def _add_route(
+        self, action: shardworker_pb2.FeedForward, block: MoeSpec, weights: ResidentLayer, normed: torch.Tensor
+    ) -> None:
+        if weights.router is None:
+            raise ValueError("an MoE layer without a router")
+        chosen = route(functional.linear(normed, weights.router), block.gate, weights.correction)
+        action.experts.CopyFrom(encode(chosen.experts, tensor_pb2.DTYPE_I32))
+        action.expert_weights.CopyFrom(encode(chosen.weights, tensor_pb2.DTYPE_F32))
+        if weights.shared_router is not None:
+            shared = functional.linear(normed, weights.shared_router).sigmoid().squeeze(1)
+            action.shared_weights.CopyFrom(encode(shared, tensor_pb2.DTYPE_F32))
+
+    async def _reduced(self, request: ExecuteRequest, like: torch.Tensor) -> torch.Tensor:
+        replies = await self._fanout.round(request, "partial", len(like))
+        return reduce_partials([reply.partial for reply in replies], tuple(like.shape))
+
+    async def _squares(self, request: ExecuteRequest, num_rows: int) -> tensor_pb2.Tensor:
+        """Sum q's and k's squares over the shards, f32 [rows, 2]."""
+        replies = await self._fanout.round(request, "squares", num_rows)
+        total = reduce_partials([reply.squares for reply in replies], (num_rows, 2))
+        return encode(total, tensor_pb2.DTYPE_F32)
+
+    def _norm(self, hidden: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+        """RMS norm in float32 (Zhang and Sennrich, 2019), as Llama and its descendants use it."""
+        return functional.rms_norm(hidden, (self._spec.hidden,), weight, self._spec.norm_eps)
+
+
+def _token_ids(step: Step) -> list[int]:
+    ids: list[int] = []
+    for rows in step.rows:
+        ids += rows.sequence.tokens(rows.position, rows.position + rows.num_rows)
+    return ids
+
+
+def _sampled_rows(step: Step) -> list[int]:
+    """Indices of the rows that are the last of their sequence."""
+    indices, end = [], 0
+    for rows in step.rows:
+        end += rows.num_rows
+        if rows.samples:
+            indices.append(end - 1)
+    return indices
+
+
+def _batch(step: Step) -> shardworker_pb2.Batch:
+    return shardworker_pb2.Batch(
+        sequences=[
+            shardworker_pb2.SequenceRows(
+                sequence=rows.sequence.id,
+                position=rows.position,
+                num_rows=rows.num_rows,
+                pages=rows.pages,
+                prompt_tokens=len(rows.sequence.request.prompt),
+            )
+            for rows in step.rows
+        ],
+        released=step.released,
+    )

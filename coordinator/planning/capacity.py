@@ -1,0 +1,63 @@
+"""How many tokens of KV cache a mesh can afford. Pure."""
+
+from __future__ import annotations
+
+import math
+from collections import defaultdict
+from typing import TYPE_CHECKING
+
+from protos.errors import OutOfMemory
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from coordinator.planning.placement import WorkerReport
+    from coordinator.planning.plan import MeshPlan
+
+DEFAULT_KV_TOKENS = 65_536
+"""Tokens of KV cache, unless told otherwise or memory is short."""
+
+SHARE = 0.5
+"""Part of the memory left beside the weights that the KV cache takes by default; activations and others need some too."""
+
+
+def kv_pages(plan: MeshPlan, reports: Sequence[WorkerReport], page_tokens: int, wanted_tokens: int | None) -> int:
+    """Pages of KV cache that every worker can hold, whichever shard it gets.
+
+    Args:
+        plan: what is to be served.
+        reports: of all workers; those on one host share its memory.
+        page_tokens: tokens of a page.
+        wanted_tokens: as asked for; None for what is usual and fits.
+
+    Raises:
+        OutOfMemory: not even one page fits, or less than was asked for.
+
+    """
+    room = max(0, _smallest_memory(reports) - max(plan.weight_bytes))
+    fitting = room // (max(plan.kv_bytes_per_token) * page_tokens)
+    if wanted_tokens is None:
+        pages = max(1, min(math.ceil(DEFAULT_KV_TOKENS / page_tokens), int(fitting * SHARE)))
+    else:
+        pages = math.ceil(wanted_tokens / page_tokens)
+    if pages > fitting:
+        raise OutOfMemory(
+            f"beside its weights the smallest worker has {room / 2**30:.2f} GiB free, room for {fitting * page_tokens} tokens of "
+            f"KV cache; {pages * page_tokens} are wanted: lower --kv-tokens, add workers or quantize"
+        )
+    return pages
+
+
+def _smallest_memory(reports: Sequence[WorkerReport]) -> int:
+    """Bytes that each worker of the fullest host can have for itself, with the weights that they hold now given up."""
+    hosts = defaultdict(list)
+    for report in reports:
+        hosts[_host(report.address)].append(report.description)
+    return min(
+        (min(worker.memory_free_bytes for worker in host) + sum(worker.weights_bytes for worker in host)) // len(host)
+        for host in hosts.values()
+    )
+
+
+def _host(address: str) -> str:
+    return "" if address.startswith("unix:") else address.rpartition(":")[0]

@@ -1,0 +1,90 @@
+"""A model opened for serving: its description, headers and tokenizer; weights are read later, by whoever holds them."""
+
+from __future__ import annotations
+
+from collections import Counter
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Self
+
+from coordinator.config import DTYPES, QUANTIZATIONS
+from coordinator.models.checkpoint import Checkpoint
+from coordinator.models.config import read_config, read_stop_ids
+from coordinator.models.hub import resolve
+from coordinator.models.registry import describe
+from coordinator.planning.plan import plan_mesh
+from coordinator.resident import Resident, load_resident, random_resident
+from coordinator.text.tokenizer import Tokenizer
+from protos.tensor_pb2 import DTYPE_BF16, DType
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+    from coordinator.config import ModelSettings
+    from coordinator.models.spec import ModelSpec
+    from coordinator.planning.plan import MeshPlan
+
+
+@dataclass(frozen=True, slots=True)
+class ServedModel:
+    """Everything that is known of a model without its weights."""
+
+    settings: ModelSettings
+    directory: Path
+    spec: ModelSpec
+    checkpoint: Checkpoint | None
+    """None with random weights."""
+    tokenizer: Tokenizer | None
+    """None where the folder has no tokenizer.json: token ids only."""
+    stop_ids: frozenset[int]
+
+    @classmethod
+    def open(cls, settings: ModelSettings) -> Self:
+        """Read config, headers and tokenizer.
+
+        Raises:
+            ModelError: something is missing, damaged or not supported.
+
+        """
+        directory = resolve(settings.model)
+        config = read_config(directory)
+        return cls(
+            settings=settings,
+            directory=directory,
+            spec=describe(config),
+            checkpoint=None if settings.random_weights else Checkpoint.open(directory),
+            tokenizer=Tokenizer.load_optional(directory),
+            stop_ids=frozenset(read_stop_ids(directory)),
+        )
+
+    @property
+    def dtype(self) -> DType:
+        """The dtype asked for, or else the one of most of the checkpoint's bytes."""
+        if self.settings.dtype != "auto":
+            return DTYPES[self.settings.dtype]
+        if self.checkpoint is None:
+            return DTYPE_BF16
+        sizes: Counter[str] = Counter()
+        for tensor in self.checkpoint.tensors.values():
+            sizes[tensor.dtype.lower()] += tensor.num_bytes
+        return DTYPES.get(max(sizes, key=sizes.__getitem__), DTYPE_BF16)
+
+    def plan(self, num_shards: int, page_tokens: int) -> MeshPlan:
+        """Cut the model into shards.
+
+        Raises:
+            ModelError: tensors are missing or of another shape.
+            TopologyError: it cannot be cut into so many.
+
+        """
+        return plan_mesh(
+            self.spec,
+            self.checkpoint,
+            num_shards,
+            dtype=self.dtype,
+            quantization=QUANTIZATIONS[self.settings.quantization],
+            page_tokens=page_tokens,
+        )
+
+    def resident(self) -> Resident:
+        """Read the coordinator's own weights."""
+        return random_resident(self.spec) if self.checkpoint is None else load_resident(self.spec, self.checkpoint)

@@ -1,0 +1,208 @@
+"""The public Generation service: messages on one side, requests and tokens on the other; the only place that knows both."""
+
+from __future__ import annotations
+
+import asyncio
+import secrets
+import uuid
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import structlog
+from google.protobuf.json_format import MessageToDict
+
+from coordinator.config import QUANTIZATIONS
+from coordinator.request import FinishReason, Request, Sampling
+from coordinator.text.stop_texts import StopTexts
+from protos import generation_pb2, generation_pb2_grpc
+from protos.errors import InvalidArgument, NotServing
+
+if TYPE_CHECKING:
+    from collections.abc import AsyncIterator, Sequence
+
+    import grpc
+
+    from coordinator.engine import Completion, Engine
+    from coordinator.sampler import Choice
+    from coordinator.served_model import ServedModel
+    from coordinator.status import MeshStatus
+
+log = structlog.get_logger(__name__)
+
+MAX_REQUEST_ID = 128
+MAX_STOP_TEXTS = 16
+
+_REASONS = {
+    FinishReason.STOP: generation_pb2.FINISH_REASON_STOP,
+    FinishReason.LENGTH: generation_pb2.FINISH_REASON_LENGTH,
+    FinishReason.CANCELLED: generation_pb2.FINISH_REASON_CANCELLED,
+}
+
+
+@dataclass(frozen=True, slots=True)
+class GenerationService(generation_pb2_grpc.GenerationServicer):
+    """Serves one model."""
+
+    model: ServedModel
+    engine: Engine
+    status: MeshStatus
+
+    async def Generate(  # noqa: N802  # named by the proto
+        self, message: generation_pb2.GenerateRequest, context: grpc.aio.ServicerContext
+    ) -> AsyncIterator[generation_pb2.GenerateResponse]:
+        """Make one completion; see generation.proto."""
+        del context  # its cancellation and deadline end this generator
+        request = await self._request(message)
+        text = CompletionText(self.model, message.stop)
+        completion = self.engine.submit(request)
+        num_tokens = 0
+        try:
+            accepted = generation_pb2.Accepted(
+                request_id=request.request_id, prompt_tokens=len(request.prompt), seed=request.sampling.seed
+            )
+            yield generation_pb2.GenerateResponse(accepted=accepted)
+            async for choice in completion.tokens():
+                num_tokens += 1
+                emitted = text.push(choice.token, is_text=choice.token not in request.stop_ids)
+                yield generation_pb2.GenerateResponse(delta=_delta(choice, emitted))
+                if text.stopped:
+                    # At once: the caller may be slow to take the rest.
+                    completion.cancel()
+                    break
+            rest = text.flush()
+            # Only now: the rest may complete a stop text.
+            reason = FinishReason.STOP if text.stopped else completion.reason
+            if rest:
+                yield generation_pb2.GenerateResponse(delta=generation_pb2.Delta(text=rest))
+            yield generation_pb2.GenerateResponse(finished=_finished(completion, request, reason, num_tokens))
+        finally:
+            completion.cancel()
+            log.info(
+                "completion ended",
+                request_id=request.request_id,
+                prompt_tokens=len(request.prompt),
+                completion_tokens=num_tokens,
+            )
+
+    async def GetModel(  # noqa: N802  # named by the proto
+        self, message: generation_pb2.GetModelRequest, context: grpc.aio.ServicerContext
+    ) -> generation_pb2.GetModelResponse:
+        """Describe the model; see generation.proto."""
+        del message, context
+        spec, tokenizer = self.model.spec, self.model.tokenizer
+        return generation_pb2.GetModelResponse(
+            model=self.model.settings.model,
+            family=spec.family,
+            context_tokens=spec.context,
+            vocabulary=spec.vocabulary,
+            num_layers=spec.num_layers,
+            hidden=spec.hidden,
+            dtype=self.model.dtype,
+            quantization=QUANTIZATIONS[self.model.settings.quantization],
+            eos_token_ids=sorted(self.model.stop_ids),
+            has_chat_template=tokenizer is not None and tokenizer.has_chat_template,
+        )
+
+    async def GetMesh(  # noqa: N802  # named by the proto
+        self, message: generation_pb2.GetMeshRequest, context: grpc.aio.ServicerContext
+    ) -> generation_pb2.GetMeshResponse:
+        """Describe the mesh; see generation.proto."""
+        del message, context
+        return await self.status.report()
+
+    async def _request(self, message: generation_pb2.GenerateRequest) -> Request:
+        request_id = message.request_id or uuid.uuid4().hex
+        if len(request_id) > MAX_REQUEST_ID or not request_id.isprintable():
+            raise InvalidArgument(f"request_id must be at most {MAX_REQUEST_ID} printable characters")
+        # In a thread: a long prompt takes long to tokenize, and a template is somebody else's program.
+        prompt = await asyncio.to_thread(self._prompt, message)
+        return Request(
+            request_id=request_id,
+            prompt=tuple(prompt),
+            max_tokens=message.max_tokens if message.HasField("max_tokens") else self._most_tokens(len(prompt)),
+            sampling=_sampling(message.sampling),
+            stop_ids=frozenset(message.stop_token_ids) | (frozenset() if message.ignore_eos else self.model.stop_ids),
+            logprobs=message.logprobs if message.HasField("logprobs") else None,
+        )
+
+    def _prompt(self, message: generation_pb2.GenerateRequest) -> list[int]:
+        kind = message.WhichOneof("prompt")
+        if kind == "token_ids":
+            return list(message.token_ids.ids)
+        tokenizer = self.model.tokenizer
+        if kind is None:
+            raise InvalidArgument("the request has no prompt: send text, token_ids or chat")
+        if tokenizer is None:
+            raise InvalidArgument(f"{self.model.settings.model} has no tokenizer.json: send token ids")
+        if kind == "text":
+            return tokenizer.encode(message.text)
+        messages = [{"role": one.role, "content": one.content} for one in message.chat.messages]
+        if not messages:
+            raise InvalidArgument("the chat has no messages")
+        return tokenizer.encode_chat(messages, MessageToDict(message.chat.template_arguments))
+
+    def _most_tokens(self, prompt_tokens: int) -> int:
+        most = self.engine.max_tokens - prompt_tokens
+        if most < 1:
+            raise InvalidArgument(
+                f"the prompt has {prompt_tokens} tokens, prompt and completion together may have {self.engine.max_tokens}"
+            )
+        return most
+
+
+class CompletionText:
+    """The text of a completion as it grows: whole characters only, up to the first stop text."""
+
+    def __init__(self, model: ServedModel, stops: Sequence[str]) -> None:
+        """Start with nothing.
+
+        Raises:
+            InvalidArgument: too many stop texts, an empty one, or any without a tokenizer.
+
+        """
+        if len(stops) > MAX_STOP_TEXTS or not all(stops):
+            raise InvalidArgument(f"stop takes up to {MAX_STOP_TEXTS} texts, none empty")
+        if stops and model.tokenizer is None:
+            raise InvalidArgument(f"{model.settings.model} has no tokenizer.json: stop texts cannot be found, use stop_token_ids")
+        self.stopped = False
+        self._detokenizer = model.tokenizer.detokenizer() if model.tokenizer else None
+        self._stops = StopTexts(list(stops))
+
+    def push(self, token: int, *, is_text: bool) -> str:
+        """Return what may be shown now that `token` came; `stopped` tells whether a stop text was completed."""
+        if self._detokenizer is None or not is_text:
+            return ""
+        emitted, self.stopped = self._stops.push(self._detokenizer.push(token))
+        return emitted
+
+    def flush(self) -> str:
+        """Return what was held back, now that nothing follows."""
+        if self._detokenizer is None or self.stopped:
+            return ""
+        emitted, self.stopped = self._stops.push(self._detokenizer.flush())
+        return emitted if self.stopped else emitted + self._stops.flush()
+
+
+def _sampling(message: generation_pb2.Sampling) -> Sampling:
+    fields = {descriptor.name: value for descriptor, value in message.ListFields()}
+    return Sampling(**{"seed": secrets.randbits(64), **fields})
+
+
+def _delta(choice: Choice, text: str) -> generation_pb2.Delta:
+    delta = generation_pb2.Delta(text=text, token_ids=[choice.token])
+    if choice.logprob is not None:
+        chosen = generation_pb2.TokenLogprob(token_id=choice.token, logprob=choice.logprob)
+        top = [generation_pb2.TokenLogprob(token_id=token, logprob=logprob) for token, logprob in choice.top]
+        delta.logprobs.add(chosen=chosen, top=top)
+    return delta
+
+
+def _finished(completion: Completion, request: Request, reason: FinishReason | None, num_tokens: int) -> generation_pb2.Finished:
+    if reason is None:
+        raise NotServing("the completion was dropped")
+    timings = completion.timings
+    return generation_pb2.Finished(
+        reason=_REASONS[reason],
+        usage=generation_pb2.Usage(prompt_tokens=len(request.prompt), completion_tokens=num_tokens),
+        timings=generation_pb2.Timings(queue_ns=timings.queue_ns, prefill_ns=timings.prefill_ns, decode_ns=timings.decode_ns),
+    )

@@ -1,0 +1,1 @@
+"""The other side: clients of the shard workers, and the pool that makes a mesh of them."""

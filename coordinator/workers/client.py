@@ -1,0 +1,148 @@
+"""One worker, as the coordinator sees it: typed calls, deadlines, domain errors."""
+
+from __future__ import annotations
+
+import asyncio
+from typing import TYPE_CHECKING, Self
+
+import grpc
+
+from protos import rpc, shardworker_pb2_grpc
+from protos.errors import MeshError, WorkerLost, from_rpc_error
+from protos.shardworker_pb2 import DescribeRequest, DescribeResponse, ExecuteResponse, LoadRequest, LoadResponse
+
+if TYPE_CHECKING:
+    from collections.abc import AsyncGenerator
+
+
+_OPTIONS = rpc.channel_options(max_send_bytes=rpc.MAX_WORKER_REQUEST_BYTES, max_receive_bytes=rpc.MAX_WORKER_REPLY_BYTES)
+
+
+class WorkerClient:
+    """A channel to one worker."""
+
+    def __init__(self, address: str) -> None:
+        """Make the channel; nothing is sent before the first call.
+
+        Args:
+            address: checked by `protos.rpc.check_address`.
+
+        """
+        self.address = address
+        self._channel = grpc.aio.insecure_channel(address, options=_OPTIONS)
+        self._stub = shardworker_pb2_grpc.ShardWorkerStub(self._channel)
+
+    async def describe(self, deadline_s: float, *, wait_for_ready: bool) -> DescribeResponse:
+        """Ask what the worker is and holds.
+
+        Args:
+            deadline_s: seconds.
+            wait_for_ready: whether a worker that does not listen yet is waited for until the deadline.
+
+        Raises:
+            MeshError: it does not answer within the deadline.
+
+        """
+        try:
+            description: DescribeResponse = await self._stub.Describe(
+                DescribeRequest(), timeout=deadline_s, wait_for_ready=wait_for_ready
+            )
+        except grpc.aio.AioRpcError as error:
+            raise self._error(error) from error
+        return description
+
+    async def load(self, request: LoadRequest) -> AsyncGenerator[LoadResponse, None]:
+        """Load a plan and pass its progress on.
+
+        Raises:
+            MeshError: the worker refuses, dies, or is silent for too long.
+
+        """
+        call = self._stub.Load(request)
+        try:
+            while True:
+                async with asyncio.timeout(rpc.LOAD_SILENCE_S):
+                    response = await call.read()
+                if response is grpc.aio.EOF:
+                    return
+                yield response
+        except TimeoutError:
+            raise WorkerLost(f"{self._name}: no progress of loading for {rpc.LOAD_SILENCE_S:g} s") from None
+        except grpc.aio.AioRpcError as error:
+            raise self._error(error) from error
+        finally:
+            call.cancel()
+
+    def execute(self) -> WorkerSession:
+        """Start an Execute stream."""
+        call = self._channel.stream_stream(
+            "/shardmesh.v1.ShardWorker/Execute",
+            # Requests come serialized: the same bytes go to all shards.
+            request_serializer=None,
+            response_deserializer=ExecuteResponse.FromString,
+        )
+        return WorkerSession(self.address, call())
+
+    async def close(self) -> None:
+        """Close the channel; running calls are cancelled."""
+        await self._channel.close()
+
+    async def __aenter__(self) -> Self:
+        """Use as a context that closes the channel."""
+        return self
+
+    async def __aexit__(self, *_: object) -> None:
+        """Close the channel."""
+        await self.close()
+
+    @property
+    def _name(self) -> str:
+        return f"worker {self.address}"
+
+    def _error(self, error: grpc.aio.AioRpcError) -> MeshError:
+        return from_rpc_error(error, self._name)
+
+
+class WorkerSession:
+    """One Execute stream. A write and a read belong together; the caller sets the deadline."""
+
+    def __init__(self, address: str, call: grpc.aio.StreamStreamCall) -> None:
+        """Wrap a started call."""
+        self.address = address
+        self._call = call
+
+    async def write(self, request: bytes) -> None:
+        """Send one serialized `ExecuteRequest`.
+
+        Raises:
+            WorkerLost: the stream is broken.
+
+        """
+        try:
+            await self._call.write(request)
+        except (grpc.aio.AioRpcError, asyncio.InvalidStateError, grpc.aio.UsageError) as error:
+            raise self._lost(error) from error
+
+    async def read(self) -> ExecuteResponse:
+        """Receive the next response.
+
+        Raises:
+            WorkerLost: the stream is broken.
+
+        """
+        try:
+            response = await self._call.read()
+        except (grpc.aio.AioRpcError, asyncio.InvalidStateError, grpc.aio.UsageError) as error:
+            raise self._lost(error) from error
+        if response is grpc.aio.EOF:
+            raise WorkerLost(f"worker {self.address} ended its session")
+        return response  # type: ignore[no-any-return]
+
+    def cancel(self) -> None:
+        """End the stream; the worker frees its KV."""
+        self._call.cancel()
+
+    def _lost(self, error: Exception) -> MeshError:
+        if isinstance(error, grpc.aio.AioRpcError):
+            return from_rpc_error(error, f"worker {self.address}")
+        return WorkerLost(f"worker {self.address}: the session is over")

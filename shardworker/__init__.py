@@ -1,0 +1,16 @@
+"""A shard worker: starts empty, becomes a shard by a plan, serves its slice of each round, keeps nothing irreplaceable.
+
+In the order of the data:
+
+    cli, app          flags, server, signals
+    service           the ShardWorker service: messages in, messages out
+    holding           which plan and epoch the worker holds, and who may replace it
+    plan              whether a plan agrees with itself
+    weights, loader   what a plan asks to be kept in memory, and reading it (safetensors_file)
+    executor          the one thread that owns the device
+    session, tables   the rounds of one coordinator: order, positions, pages
+    shard, kv         the arithmetic of a round; keys and values
+    kernels           pure functions on tensors
+
+Membership test: does it touch a slice? What is decided, or whole, belongs to the coordinator.
+"""

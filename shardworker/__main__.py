@@ -1,0 +1,5 @@
+"""`python -m shardworker`."""
+
+from shardworker.cli import main
+
+main()

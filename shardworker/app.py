@@ -1,0 +1,117 @@
+"""A running worker in this process: builds, starts and stops; no logic. Used by the command, by tests and by embedded meshes."""
+
+from __future__ import annotations
+
+import asyncio
+from dataclasses import dataclass
+from importlib.metadata import PackageNotFoundError, version
+
+import grpc
+import structlog
+import torch
+from grpc_health.v1 import health, health_pb2, health_pb2_grpc
+from grpc_reflection.v1alpha import reflection
+
+from protos import shardworker_pb2 as pb
+from protos.errors import InvalidArgument
+from protos.interceptors import ErrorInterceptor
+from protos.listen import bind, unbind
+from protos.rpc import MAX_WORKER_REPLY_BYTES, MAX_WORKER_REQUEST_BYTES, check_address, server_options
+from protos.shardworker_pb2_grpc import add_ShardWorkerServicer_to_server
+from shardworker.executor import Executor
+from shardworker.holding import Holding
+from shardworker.service import ShardWorkerService
+
+log = structlog.get_logger(__name__)
+
+SERVICE_NAME: str = pb.DESCRIPTOR.services_by_name["ShardWorker"].full_name
+EXECUTOR_CLOSE_S = 5.0
+
+
+@dataclass(slots=True)
+class RunningWorker:
+    """A worker that listens."""
+
+    address: str
+    """With the real port."""
+    _server: grpc.aio.Server
+    _health: health.aio.HealthServicer
+    _holding: Holding
+
+    async def stop(self, grace: float) -> bool:
+        """Say NOT_SERVING, give running calls `grace` seconds, free all; whether the device's thread ended too."""
+        await self._health.enter_graceful_shutdown()
+        self._holding.cancel_loading()
+        await self._server.stop(grace)
+        unbind(self.address)
+        return self._holding.executor.close(EXECUTOR_CLOSE_S)
+
+
+class _HealthNotifier:
+    """Carries changes from plain code to the health service's coroutines."""
+
+    def __init__(self, checker: health.aio.HealthServicer) -> None:
+        self._checker = checker
+        # The loop keeps only weak references to tasks.
+        self._tasks: set[asyncio.Task[None]] = set()
+
+    def notify(self, serving: bool) -> None:  # noqa: FBT001  # there is nothing else to say
+        status = health_pb2.HealthCheckResponse.SERVING if serving else health_pb2.HealthCheckResponse.NOT_SERVING
+        task = asyncio.create_task(self._checker.set(SERVICE_NAME, status))
+        self._tasks.add(task)
+        task.add_done_callback(self._tasks.discard)
+
+
+async def start_worker(listen: str, *, device: str = "auto", threads: int | None = None, insecure: bool = False) -> RunningWorker:
+    """Start an empty worker.
+
+    Args:
+        listen: `HOST:PORT` (port 0: any free one) or `unix:PATH`.
+        device: "auto", "cpu" or "cuda".
+        threads: of torch's arithmetic; by default torch's own choice.
+        insecure: whether TCP without TLS was asked for.
+
+    Raises:
+        InvalidArgument: a bad address, one that is in use, or a device that is not there.
+
+    """
+    check_address(listen, insecure=insecure)
+    chosen = choose_device(device)
+    checker = health.aio.HealthServicer()
+    server = grpc.aio.server(
+        options=server_options(max_send_bytes=MAX_WORKER_REPLY_BYTES, max_receive_bytes=MAX_WORKER_REQUEST_BYTES),
+        interceptors=[ErrorInterceptor()],
+    )
+    address = await bind(server, listen)
+    executor = Executor(chosen, threads)
+    holding = Holding(executor, _HealthNotifier(checker).notify)
+    add_ShardWorkerServicer_to_server(ShardWorkerService(holding, _version()), server)
+    health_pb2_grpc.add_HealthServicer_to_server(checker, server)
+    reflection.enable_server_reflection((SERVICE_NAME, health.SERVICE_NAME, reflection.SERVICE_NAME), server)
+    await checker.set("", health_pb2.HealthCheckResponse.SERVING)
+    await checker.set(SERVICE_NAME, health_pb2.HealthCheckResponse.NOT_SERVING)
+    await server.start()
+    log.info("worker listens", worker=address, device=chosen.type, threads=executor.num_threads)
+    return RunningWorker(address, server, checker, holding)
+
+
+def choose_device(device: str) -> torch.device:
+    """Turn the flag into a device.
+
+    Raises:
+        InvalidArgument: not a device, or CUDA where there is none.
+
+    """
+    if device not in {"auto", "cpu", "cuda"}:
+        raise InvalidArgument(f"device {device!r} is neither auto, cpu nor cuda")
+    has_cuda = device != "cpu" and torch.cuda.is_available()
+    if device == "cuda" and not has_cuda:
+        raise InvalidArgument("device cuda: torch finds no CUDA device here; use --device cpu or auto")
+    return torch.device("cuda", 0) if has_cuda else torch.device("cpu")
+
+
+def _version() -> str:
+    try:
+        return version("shardmesh")
+    except PackageNotFoundError:  # run from a source tree that is not installed
+        return "0+unknown"

@@ -1,0 +1,304 @@
+"""One coordinator's rounds: their order, what each may bring, and the arithmetic that answers it.
+
+A round that is refused has changed nothing. Only attention has a state: a step is open from its first round until its last
+layer attended. At most two are open, so that a coordinator may overlap them; a third ends the older one. Everything here
+runs in the device's thread.
+"""
+
+from __future__ import annotations
+
+import enum
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import torch
+
+from protos import shardworker_pb2 as pb
+from protos import tensor_pb2
+from protos.errors import InvalidArgument, MeshError, PlanMismatch, StepMismatch
+from protos.rpc import MAX_WORKER_REPLY_BYTES
+from protos.tensors import decode, encode
+from shardworker.kernels.attention import causal_mask
+from shardworker.kv import KvPool
+from shardworker.plan import length
+from shardworker.shard import Routing, Rows, Span
+from shardworker.tables import PageTables, Table
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from shardworker.shard import Shard
+
+MAX_OPEN_STEPS = 2
+MAX_CANDIDATES = 1024
+REPLY_HEADER_BYTES = 1024
+"""More than a response takes besides its tensor."""
+
+
+class Phase(enum.Enum):
+    """The round that a step waits for in its layer."""
+
+    PROJECT = "project"
+    ATTEND = "attend"
+
+
+@dataclass(slots=True)
+class Step:
+    """A forward step whose layers attend one after the other."""
+
+    number: int
+    batch: pb.Batch
+    rows: Rows
+    num_rows: int
+    phase: Phase
+    layer: int = 0
+    qkv: torch.Tensor | None = None
+    """Between `project` and `attend`."""
+    dtype: tensor_pb2.DType = tensor_pb2.DTYPE_F32
+    """Of the hidden rows that `project` brought."""
+
+
+class Session:
+    """Sequences, KV pages and open steps of one Execute stream."""
+
+    def __init__(self, shard: Shard, num_pages: int, uncommitted_bytes: int) -> None:
+        """Reserve KV memory.
+
+        Raises:
+            OutOfMemory: it cannot be had.
+
+        """
+        self._kv: KvPool | None = KvPool(shard.plan, num_pages, shard.device, uncommitted_bytes)
+        self._shard: Shard | None = shard
+        self._tables = PageTables(num_pages, shard.plan.page_tokens)
+        self._steps: dict[int, Step] = {}
+        self._last_step = 0
+
+    @property
+    def kv_bytes(self) -> int:
+        """KV memory reserved."""
+        return self._kv.num_bytes if self._kv else 0
+
+    @property
+    def uncommitted_bytes(self) -> int:
+        """KV memory reserved and not touched yet."""
+        return self._kv.uncommitted_bytes if self._kv else 0
+
+    def drop(self) -> None:
+        """Let go of weights and KV memory; every further round is refused."""
+        self._shard = None
+        self._kv = None
+        self._steps.clear()
+
+    def execute(self, request: pb.ExecuteRequest) -> pb.ExecuteResponse:
+        """Answer one round, `open` excepted.
+
+        Raises:
+            MeshError: the round is refused and nothing was done.
+
+        """
+        shard, kv = self._shard, self._kv
+        if shard is None or kv is None:
+            raise PlanMismatch("the plan of this session was dropped: load it, then open another stream")
+        try:
+            return self._dispatch(shard, kv, request)
+        except MeshError:
+            raise
+        except Exception:
+            # Halfway through: whatever was written lies beyond the committed tokens.
+            self._steps.pop(request.step, None)
+            raise
+
+    def _dispatch(self, shard: Shard, kv: KvPool, request: pb.ExecuteRequest) -> pb.ExecuteResponse:
+        action = request.WhichOneof("action")
+        if action == "feed_forward":
+            return _feed_forward(shard, request.feed_forward)
+        if action == "attend":
+            return self._attend(shard, kv, request)
+        if action == "project":
+            return self._project(shard, kv, request)
+        if action == "head":
+            return _head(shard, request.head)
+        raise InvalidArgument(f"wanted project, attend, feed_forward or head, found {action or 'no action'}")
+
+    def _project(self, shard: Shard, kv: KvPool, request: pb.ExecuteRequest) -> pb.ExecuteResponse:
+        action = request.project
+        step = self._expect(shard, request, Phase.PROJECT, action.layer)
+        hidden = _hidden(shard, action.hidden, _num_rows(request, step))
+        step = step or self._begin(shard, kv, request)
+        step.qkv = shard.project(action.layer, hidden)
+        step.dtype = action.hidden.dtype
+        step.phase = Phase.ATTEND
+        return pb.ExecuteResponse(squares=encode(shard.squares(step.qkv), tensor_pb2.DTYPE_F32))
+
+    def _attend(self, shard: Shard, kv: KvPool, request: pb.ExecuteRequest) -> pb.ExecuteResponse:
+        action = request.attend
+        step = self._expect(shard, request, Phase.ATTEND, action.layer)
+        if action.HasField("hidden") == shard.full_norm or action.HasField("squares") != shard.full_norm:
+            raise InvalidArgument("attend brings `squares` after `project` (norms over all heads), and `hidden` otherwise")
+        if step is not None and step.qkv is not None:
+            qkv, dtype = step.qkv, step.dtype
+            squares = _tensor(action.squares, "squares", tensor_pb2.DTYPE_F32, (step.num_rows, 2)).to(shard.device)
+        else:
+            hidden, dtype, squares = _hidden(shard, action.hidden, _num_rows(request, step)), action.hidden.dtype, None
+            step = step or self._begin(shard, kv, request)
+            qkv = shard.project(action.layer, hidden)
+        partial = shard.attend(action.layer, qkv, squares, step.rows, kv)
+        response = pb.ExecuteResponse(partial=encode(partial, dtype))
+        step.qkv = None
+        step.phase = _first_phase(shard)
+        step.layer += 1
+        if step.layer == shard.num_layers:
+            self._tables.commit(step.batch.sequences)
+            del self._steps[step.number]
+        return response
+
+    def _expect(self, shard: Shard, request: pb.ExecuteRequest, phase: Phase, layer: int) -> Step | None:
+        """Find the open step that waits for this very round; none where the round may begin a step."""
+        step = self._steps.get(request.step)
+        if request.HasField("batch"):
+            if request.step <= self._last_step:
+                raise StepMismatch(f"wanted a step above {self._last_step}, found {request.step}")
+            if layer != 0 or phase is not _first_phase(shard):
+                first = _first_phase(shard).value
+                raise StepMismatch(f"a batch comes with layer 0's {first}, found layer {layer}'s {phase.value}")
+            return None
+        if step is None:
+            raise StepMismatch(f"step {request.step} is not open (open: {sorted(self._steps)}): begin it anew with its batch")
+        if (step.layer, step.phase) != (layer, phase):
+            raise StepMismatch(
+                f"step {request.step}: wanted layer {step.layer}'s {step.phase.value}, found layer {layer}'s {phase.value}"
+            )
+        return step
+
+    def _begin(self, shard: Shard, kv: KvPool, request: pb.ExecuteRequest) -> Step:
+        batch = request.batch
+        self._tables.check(batch)
+        # Nothing below refuses the batch.
+        self._give_up_steps(batch)
+        tables = self._tables.begin(batch)
+        for rows in batch.sequences:
+            kv.touch(rows.pages)
+        own = pb.Batch()
+        own.CopyFrom(batch)
+        num_rows = sum(rows.num_rows for rows in batch.sequences)
+        step = Step(request.step, own, _rows(shard, kv, batch.sequences, tables), num_rows, _first_phase(shard))
+        self._steps[request.step] = step
+        self._last_step = request.step
+        return step
+
+    def _give_up_steps(self, batch: pb.Batch) -> None:
+        """Close steps whose sequences begin again here, and the older one of two others."""
+        touched = {rows.sequence for rows in batch.sequences} | set(batch.released)
+        for number, step in list(self._steps.items()):
+            if any(rows.sequence in touched for rows in step.batch.sequences):
+                del self._steps[number]
+        while len(self._steps) >= MAX_OPEN_STEPS:
+            del self._steps[min(self._steps)]
+
+
+def _rows(shard: Shard, kv: KvPool, sequences: Sequence[pb.SequenceRows], tables: Sequence[Table]) -> Rows:
+    spans: list[Span] = []
+    slots: list[int] = []
+    positions: list[int] = []
+    prompts: list[int] = []
+    for rows, table in zip(sequences, tables, strict=True):
+        end = rows.position + rows.num_rows
+        pages = kv.pages(table.pages, end, contiguous=table.contiguous)
+        masked = rows.num_rows > 1 and rows.position > 0
+        mask = causal_mask(rows.position, rows.num_rows, shard.dtype, shard.device) if masked else None
+        spans.append(Span(slice(len(slots), len(slots) + rows.num_rows), pages, mask))
+        slots += kv.slots(table.pages, rows.position, rows.num_rows)
+        positions += range(rows.position, end)
+        prompts += [rows.prompt_tokens] * rows.num_rows
+    device = shard.device
+    rotation = shard.rotation(torch.tensor(positions, device=device), torch.tensor(prompts, device=device))
+    return Rows(tuple(spans), torch.tensor(slots, device=device), rotation)
+
+
+def _first_phase(shard: Shard) -> Phase:
+    return Phase.PROJECT if shard.full_norm else Phase.ATTEND
+
+
+def _num_rows(request: pb.ExecuteRequest, step: Step | None) -> int:
+    return step.num_rows if step is not None else sum(rows.num_rows for rows in request.batch.sequences)
+
+
+def _hidden(shard: Shard, message: tensor_pb2.Tensor, num_rows: int) -> torch.Tensor:
+    """[rows, hidden] on the device in the dtype of the arithmetic."""
+    if message.dtype == tensor_pb2.DTYPE_I32:
+        raise InvalidArgument("hidden: wanted a float dtype, found I32")
+    return _tensor(message, "hidden", None, (num_rows, shard.hidden)).to(shard.device, shard.dtype)
+
+
+def _any_rows(shard: Shard, message: tensor_pb2.Tensor) -> torch.Tensor:
+    num_rows = message.shape[0] if message.shape else 0
+    if num_rows == 0:
+        raise InvalidArgument("hidden: wanted at least one row")
+    return _hidden(shard, message, num_rows)
+
+
+def _tensor(message: tensor_pb2.Tensor, name: str, dtype: tensor_pb2.DType | None, shape: tuple[int, ...]) -> torch.Tensor:
+    if len(message.shape) != len(shape) or tuple(message.shape) != shape or (dtype is not None and message.dtype != dtype):
+        wanted = f"{list(shape)}" if dtype is None else f"{tensor_pb2.DType.Name(dtype)} {list(shape)}"
+        raise InvalidArgument(f"{name}: wanted {wanted}, found dtype {message.dtype} {message.shape[:8]}")
+    return decode(message)
+
+
+def _feed_forward(shard: Shard, action: pb.FeedForward) -> pb.ExecuteResponse:
+    if action.layer >= shard.num_layers:
+        raise InvalidArgument(f"feed_forward: layer {action.layer} of {shard.num_layers}")
+    hidden = _any_rows(shard, action.hidden)
+    partial = shard.feed_forward(action.layer, hidden, _routing(shard, action, hidden.shape[0]))
+    return pb.ExecuteResponse(partial=encode(partial, action.hidden.dtype))
+
+
+def _routing(shard: Shard, action: pb.FeedForward, num_rows: int) -> Routing | None:
+    """Check where the rows go; none in dense layers."""
+    num_experts = shard.num_experts(action.layer)
+    fields = (action.HasField("experts"), action.HasField("expert_weights"))
+    if fields != ((True, True) if num_experts else (False, False)):
+        raise InvalidArgument(f"layer {action.layer}: `experts` and `expert_weights` come in MoE layers and only there")
+    if action.HasField("shared_weights") and not shard.has_shared_expert(action.layer):
+        raise InvalidArgument(f"layer {action.layer} has no shared expert to weigh")
+    if not num_experts:
+        return None
+    k = action.experts.shape[-1] if action.experts.shape else 0
+    chosen = _tensor(action.experts, "experts", tensor_pb2.DTYPE_I32, (num_rows, k))
+    weights = _tensor(action.expert_weights, "expert_weights", tensor_pb2.DTYPE_F32, (num_rows, k))
+    _check_chosen(chosen, num_experts)
+    shared = None
+    if action.HasField("shared_weights"):
+        shared = _tensor(action.shared_weights, "shared_weights", tensor_pb2.DTYPE_F32, (num_rows,))
+    return Routing(chosen, weights, shared)
+
+
+def _check_chosen(chosen: torch.Tensor, num_experts: int) -> None:
+    if chosen.shape[1] == 0:
+        raise InvalidArgument("experts: wanted at least one for each row")
+    for row in chosen.tolist():
+        if len(set(row)) != len(row) or min(row) < 0 or max(row) >= num_experts:
+            raise InvalidArgument(f"experts: wanted distinct ids below {num_experts}, found {row}")
+
+
+def _head(shard: Shard, action: pb.Head) -> pb.ExecuteResponse:
+    hidden = _any_rows(shard, action.hidden)
+    rows = hidden.shape[0]
+    f32 = tensor_pb2.DTYPE_F32
+    if action.logits:
+        num_bytes = rows * length(shard.plan.vocabulary) * torch.float32.itemsize
+        if num_bytes > MAX_WORKER_REPLY_BYTES - REPLY_HEADER_BYTES:
+            raise InvalidArgument(f"logits of {rows} rows are {num_bytes} bytes, over the limit of a reply: ask for fewer rows")
+        return pb.ExecuteResponse(head=pb.HeadResult(logits=encode(shard.logits(hidden), f32)))
+    if not 1 <= action.num_candidates <= MAX_CANDIDATES:
+        raise InvalidArgument(f"num_candidates: wanted 1 to {MAX_CANDIDATES}, found {action.num_candidates}")
+    temperatures = torch.tensor(action.temperatures, dtype=torch.float32)
+    if temperatures.shape != (rows,) or not bool((temperatures > 0).all() and temperatures.isfinite().all()):
+        raise InvalidArgument(f"temperatures: wanted one above 0 for each of {rows} rows, found {list(action.temperatures)[:8]}")
+    found = shard.candidates(hidden, action.num_candidates, temperatures)
+    result = pb.HeadResult(
+        candidates=encode(found.ids, tensor_pb2.DTYPE_I32),
+        logits=encode(found.logits, f32),
+        logsumexp=encode(found.logsumexp, f32),
+    )
+    return pb.ExecuteResponse(head=result)

@@ -1,0 +1,208 @@
+"""The arithmetic of a shard: projections, attention, feed-forward blocks and output head over its slices.
+
+Each answer is this shard's addend; the coordinator sums. Nothing here checks a message: `shardworker.session` did.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, NamedTuple
+
+import torch
+from torch.nn import functional
+
+from protos import plan_pb2 as pb
+from protos.tensors import TORCH_DTYPES
+from shardworker.kernels.attention import attention, head_groups
+from shardworker.kernels.experts import experts, feed_forward
+from shardworker.kernels.norm import rms_norm
+from shardworker.kernels.rope import Rotation, dynamic_frequencies, rotate, rotation
+from shardworker.plan import length
+from shardworker.weights import ExpertsWeights, FeedForwardWeights, ShardWeights
+
+if TYPE_CHECKING:
+    from shardworker.kv import KvPool, Pages
+
+
+@dataclass(frozen=True, slots=True)
+class Span:
+    """The rows of one sequence in a step."""
+
+    rows: slice
+    pages: Pages
+    mask: torch.Tensor | None
+
+
+@dataclass(frozen=True, slots=True)
+class Rows:
+    """What attention needs to know of a step's rows; the same in all layers."""
+
+    spans: tuple[Span, ...]
+    slots: torch.Tensor
+    """Where the rows' keys and values go, [rows]."""
+    rotation: Rotation | None
+
+
+class Routing(NamedTuple):
+    """Where the rows of an MoE layer go."""
+
+    chosen: torch.Tensor  # [rows, k], on the CPU
+    weights: torch.Tensor  # float32 [rows, k]
+    shared: torch.Tensor | None  # float32 [rows]; absent: 1
+
+
+class Candidates(NamedTuple):
+    """The best of this shard's vocabulary."""
+
+    ids: torch.Tensor  # int32 [rows, c], of the whole vocabulary
+    logits: torch.Tensor  # float32 [rows, c]
+    logsumexp: torch.Tensor  # float32 [rows, 2]: of the logits, and of the logits over the temperature
+
+
+class Shard:
+    """Weights of a plan on a device, and what is computed with them."""
+
+    def __init__(self, plan: pb.ShardPlan, weights: ShardWeights, weights_bytes: int, device: torch.device) -> None:
+        self.plan = plan
+        self.device = device
+        self.dtype = TORCH_DTYPES[plan.dtype]
+        self.weights_bytes = weights_bytes
+        self._weights = weights
+        self.num_layers = len(plan.layers)
+        self.hidden = plan.hidden
+        spec = plan.attention
+        self.full_norm = spec.qk_norm == pb.QK_NORM_FULL
+        self._eps = spec.qk_norm_eps
+        self._clip = spec.clip_qkv
+        self._scale = spec.scale
+        self._dim = spec.head_dim
+        self._heads, self._kv_heads = length(plan.heads), length(plan.kv_heads)
+        self._qk_heads = self._heads + self._kv_heads
+        heads, kv_heads = range(plan.heads.start, plan.heads.end), range(plan.kv_heads.start, plan.kv_heads.end)
+        self._groups = head_groups(heads, kv_heads, spec.num_heads, spec.num_kv_heads)
+        # A kv head's squares are counted by the shard that computes its first query head.
+        counted = [head * spec.num_heads // spec.num_kv_heads in heads for head in kv_heads]
+        self._counts = torch.zeros(self._qk_heads, 2, device=device)
+        self._counts[: self._heads, 0] = 1
+        self._counts[self._heads :, 1] = torch.tensor(counted, device=device)
+        # Which of the two mean squares norms a head, and over how many elements it goes.
+        self._norm_index = torch.tensor([0] * self._heads + [1] * self._kv_heads, device=device)
+        self._norm_sizes = torch.tensor([spec.num_heads, spec.num_kv_heads], device=device) * float(spec.head_dim)
+        self._frequencies = torch.tensor(spec.rope.inverse_frequencies, dtype=torch.float32, device=device)
+
+    def rotation(self, positions: torch.Tensor, prompt_tokens: torch.Tensor) -> Rotation | None:
+        """Rotary tables for rows at `positions` [rows] of texts whose prompts have `prompt_tokens` [rows]."""
+        rope = self.plan.attention.rope
+        if rope.rotary_dims == 0 or self._qk_heads == 0:
+            return None
+        frequencies = self._frequencies
+        if rope.HasField("dynamic"):
+            dynamic = rope.dynamic
+            lengths = torch.maximum(prompt_tokens, positions + 1)
+            original = dynamic.original_positions
+            scaled = dynamic_frequencies(lengths, dynamic.base, dynamic.factor, original, rope.rotary_dims)
+            frequencies = torch.where((lengths > original).unsqueeze(-1), scaled, frequencies)
+        return rotation(positions, frequencies, rope.attention_factor, self.dtype)
+
+    def project(self, layer: int, hidden: torch.Tensor) -> torch.Tensor:
+        """[rows, hidden] -> q, k and v, [rows, heads + 2 * kv_heads, head_dim]."""
+        weights = self._weights.layers[layer].attention
+        return weights.qkv.matmul(hidden, weights.qkv_bias).view(hidden.shape[0], self._qk_heads + self._kv_heads, self._dim)
+
+    def squares(self, qkv: torch.Tensor) -> torch.Tensor:
+        """Sums of squares of q and of the k heads that this shard answers for, float32 [rows, 2]."""
+        return qkv[:, : self._qk_heads].float().square().sum(-1) @ self._counts
+
+    def attend(self, layer: int, qkv: torch.Tensor, squares: torch.Tensor | None, rows: Rows, kv: KvPool) -> torch.Tensor:
+        """Norm, rotate, remember keys and values, attend, project: [rows, hidden].
+
+        Args:
+            layer: of the model.
+            qkv: from `project`.
+            squares: with norms over all heads, the sums over all shards, float32 [rows, 2].
+            rows: of the step.
+            kv: of the session.
+
+        """
+        weights = self._weights.layers[layer].attention
+        if self._heads == 0:
+            return weights.o.matmul(qkv.new_zeros(qkv.shape[0], 0), weights.o_bias)
+        qk, v = qkv[:, : self._qk_heads], qkv[:, self._qk_heads :]
+        if weights.qk_norm is not None:
+            mean = None if squares is None else (squares / self._norm_sizes).index_select(1, self._norm_index).unsqueeze(-1)
+            qk = rms_norm(qk, weights.qk_norm, self._eps, mean)
+        if self._clip:
+            # After the norm, as in transformers' OlmoeAttention.
+            qk, v = qk.clamp(-self._clip, self._clip), v.clamp(-self._clip, self._clip)
+        if rows.rotation is not None:
+            qk = rotate(qk, rows.rotation)
+        kv.write(layer, rows.slots, qk[:, self._heads :], v)
+        q = qk[:, : self._heads]
+        mixed = [
+            attention(q[span.rows], *kv.read(layer, span.pages), self._groups, self._scale, span.mask) for span in rows.spans
+        ]
+        joined = mixed[0] if len(mixed) == 1 else torch.cat(mixed)
+        return weights.o.matmul(joined.reshape(qkv.shape[0], -1), weights.o_bias)
+
+    def is_moe(self, layer: int) -> bool:
+        """Whether a layer has routed experts."""
+        return isinstance(self._weights.layers[layer].feed_forward, ExpertsWeights)
+
+    def num_experts(self, layer: int) -> int:
+        """Routed experts of a layer; 0 in dense ones."""
+        weights = self._weights.layers[layer].feed_forward
+        return weights.num_experts if isinstance(weights, ExpertsWeights) else 0
+
+    def has_shared_expert(self, layer: int) -> bool:
+        """Whether a layer has an expert that sees every row."""
+        weights = self._weights.layers[layer].feed_forward
+        return isinstance(weights, ExpertsWeights) and weights.shared is not None
+
+    def feed_forward(self, layer: int, hidden: torch.Tensor, routing: Routing | None) -> torch.Tensor:
+        """[rows, hidden] -> [rows, hidden]; float32 in MoE layers."""
+        weights = self._weights.layers[layer].feed_forward
+        if isinstance(weights, FeedForwardWeights):
+            return _block(weights, hidden)
+        if routing is None:
+            raise TypeError("an MoE layer needs a routing")
+        out = experts(hidden, routing.chosen, routing.weights, weights.gate_up, weights.down)
+        if weights.shared is not None:
+            shared = _block(weights.shared, hidden)
+            out.add_(shared if routing.shared is None else shared * routing.shared.to(out.device).unsqueeze(-1))
+        return out
+
+    def logits(self, hidden: torch.Tensor) -> torch.Tensor:
+        """[rows, hidden] -> float32 [rows, vocabulary of this shard]."""
+        return functional.linear(hidden, self._weights.head).float()
+
+    def candidates(self, hidden: torch.Tensor, count: int, temperatures: torch.Tensor) -> Candidates:
+        """Pick the best `count` tokens of each row, best first, equal logits by lower id; `temperatures` is [rows]."""
+        logits = self.logits(hidden)
+        both = torch.stack((logits, logits / temperatures.to(self.device).unsqueeze(-1)), 1)
+        logsumexp = both.logsumexp(-1)
+        ids = best(logits, min(count, logits.shape[-1]))
+        return Candidates((ids + self.plan.vocabulary.start).int(), logits.gather(-1, ids), logsumexp)
+
+
+def best(logits: torch.Tensor, count: int) -> torch.Tensor:
+    """Indices of the `count` largest of each row, largest first, equal ones by lower index: [rows, count]."""
+    if count == 0:
+        return torch.empty((logits.shape[0], 0), dtype=torch.long, device=logits.device)
+    if count == 1:
+        return logits.argmax(-1, keepdim=True)  # the first of equal ones
+    values, ids = logits.topk(count, -1)
+    last = values[:, -1:]
+    # Of the values that equal the last one, topk took any.
+    unfair = (logits == last).sum(-1) != (values == last).sum(-1)
+    for row in unfair.nonzero().flatten().tolist():
+        equal = values[row] == last[row]
+        lowest = (logits[row] == last[row]).nonzero().flatten()
+        ids[row, equal] = lowest[: int(equal.sum())]
+    # By id, then, keeping that order among equals, by value.
+    ids = ids.sort(-1).values
+    order = logits.gather(-1, ids).sort(stable=True, dim=-1, descending=True).indices
+    return ids.gather(-1, order)
+
+
+def _block(weights: FeedForwardWeights, hidden: torch.Tensor) -> torch.Tensor:
+    return feed_forward(hidden, weights.gate_up, weights.down, weights.gate_up_bias, weights.down_bias)

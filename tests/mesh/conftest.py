@@ -1,0 +1,103 @@
+"""A real mesh in one process: real gRPC over unix sockets, real workers, a real coordinator."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator, Callable
+from contextlib import AbstractAsyncContextManager, AsyncExitStack, asynccontextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from coordinator.app import Coordinator
+from coordinator.client import GenerationClient
+from coordinator.config import ModelSettings, ServeSettings
+from protos import generation_pb2
+from shardworker.app import RunningWorker, start_worker
+
+
+@dataclass
+class Mesh:
+    coordinator: Coordinator
+    workers: list[RunningWorker]
+    client: GenerationClient
+
+    async def generate(self, prompt: list[int], max_tokens: int = 48, **fields: Any) -> "Completed":
+        """Complete one prompt of token ids; extra keywords are fields of the request or of its sampling."""
+        sampling = fields.pop("sampling", {})
+        request = generation_pb2.GenerateRequest(
+            token_ids=generation_pb2.TokenIds(ids=prompt),
+            max_tokens=max_tokens,
+            sampling=generation_pb2.Sampling(**sampling),
+            **{"ignore_eos": True, **fields},
+        )
+        result = Completed()
+        async for response in self.client.generate(request):
+            result.add(response)
+        return result
+
+
+class Completed:
+    """All that came of one call."""
+
+    def __init__(self) -> None:
+        self.tokens: list[int] = []
+        self.text = ""
+        self.logprobs: list[generation_pb2.TokenLogprobs] = []
+        self.finished: generation_pb2.Finished | None = None
+
+    def add(self, response: generation_pb2.GenerateResponse) -> None:
+        assert self.finished is None, "something followed the terminal message"
+        kind = response.WhichOneof("event")
+        if kind == "delta":
+            self.tokens += response.delta.token_ids
+            self.text += response.delta.text
+            self.logprobs += response.delta.logprobs
+        elif kind == "finished":
+            self.finished = response.finished
+
+
+MeshMaker = Callable[..., AbstractAsyncContextManager[Mesh]]
+
+
+@pytest.fixture
+def mesh(tmp_path: Path) -> MeshMaker:
+    """`async with mesh(model_directory, shards=3) as running:`; further keywords are settings."""
+
+    @asynccontextmanager
+    async def make(
+        directory: Path, shards: int, *, spares: int = 0, dtype: str = "f32", wire: str = "f32", quantization: str = "none", **settings: Any
+    ) -> AsyncIterator[Mesh]:
+        async with AsyncExitStack() as stack:
+            sockets = tmp_path / f"mesh-{len(list(tmp_path.iterdir()))}"
+            sockets.mkdir()
+            workers = []
+            for number in range(shards + spares):
+                worker = await start_worker(f"unix:{sockets}/{number}", device="cpu", threads=torch.get_num_threads())
+                stack.push_async_callback(worker.stop, 0)
+                workers.append(worker)
+            coordinator = await Coordinator.start(
+                ServeSettings(
+                    model=ModelSettings(str(directory), dtype=dtype, wire=wire, quantization=quantization),
+                    listen=f"unix:{sockets}/c",
+                    workers=tuple(worker.address for worker in workers),
+                    **{"shards": shards, "recovery_s": 10.0, **settings},
+                ),
+                lambda _: None,
+            )
+            stack.push_async_callback(coordinator.stop, 0)
+            client = await stack.enter_async_context(GenerationClient(coordinator.address))
+            yield Mesh(coordinator, workers, client)
+
+    return make
+
+
+@pytest.fixture(autouse=True)
+def _one_thread() -> None:
+    """Workers of one process share its cores."""
+    torch.set_num_threads(1)
+
+

@@ -1,0 +1,79 @@
+"""What right means: every family, at every shard count, gives the reference's tokens and logits."""
+
+from __future__ import annotations
+
+import asyncio
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+import torch
+
+from coordinator.models.config import read_config
+from coordinator.models.registry import describe
+from tests.mesh.conftest import MeshMaker
+from tests.tiny import CASES, make_checkpoint, oracle
+
+SHARDS = (1, 2, 3, 4, 8)
+NEW_TOKENS = 48
+TOP = 20
+MARGIN = 1e-4
+"""Between the best two logits of the oracle: far above float32 noise, or a difference would prove nothing."""
+
+
+@dataclass(frozen=True)
+class Expected:
+    prompt: list[int]
+    tokens: list[int]
+    logprobs: torch.Tensor
+    """Of the last step, [vocabulary]."""
+
+
+def _prompts(vocabulary: int, context: int) -> list[list[int]]:
+    generator = torch.Generator().manual_seed(5)
+    lengths = (1, 2, 3, 17, 64, min(200, context - NEW_TOKENS))
+    return [torch.randint(3, vocabulary, (length,), generator=generator).tolist() for length in lengths]
+
+
+def _expect(directory: Path) -> list[Expected]:
+    model = oracle(directory)
+    spec = describe(read_config(directory))
+    expected = []
+    for prompt in _prompts(spec.vocabulary, spec.context):
+        result = model.generate(
+            torch.tensor([prompt]),
+            attention_mask=torch.ones(1, len(prompt), dtype=torch.long),
+            max_new_tokens=NEW_TOKENS,
+            min_new_tokens=NEW_TOKENS,
+            do_sample=False,
+            # Tokens of this id would be suppressed until the minimum is reached.
+            eos_token_id=None,
+            pad_token_id=0,
+            output_logits=True,
+            return_dict_in_generate=True,
+        )
+        logits = torch.cat(result.logits).float()  # [steps, vocabulary]
+        best = logits.topk(2, dim=-1).values
+        assert float((best[:, 0] - best[:, 1]).min()) > MARGIN, "the oracle itself is undecided: take another prompt"
+        expected.append(Expected(prompt, result.sequences[0, len(prompt) :].tolist(), logits[-1].log_softmax(-1)))
+    return expected
+
+
+@pytest.fixture(scope="module", params=list(CASES))
+def case(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, list[Expected]]:
+    directory = tmp_path_factory.mktemp(request.param) / "model"
+    make_checkpoint(request.param, directory)
+    return directory, _expect(directory)
+
+
+@pytest.mark.parametrize("shards", SHARDS)
+async def test_tokens_and_logits_are_the_references(mesh: MeshMaker, case: tuple[Path, list[Expected]], shards: int) -> None:
+    directory, expected = case
+    async with mesh(directory, shards) as running:
+        results = await asyncio.gather(*(running.generate(one.prompt, NEW_TOKENS, logprobs=TOP) for one in expected))
+    for one, result in zip(expected, results, strict=True):
+        assert result.tokens == one.tokens, f"prompt of {len(one.prompt)} tokens"
+        found = {entry.token_id: entry.logprob for entry in result.logprobs[-1].top}
+        wanted = one.logprobs[list(found)]
+        assert len(found) == TOP
+        assert torch.allclose(torch.tensor(list(found.values())), wanted, rtol=1e-3, atol=1e-3)
