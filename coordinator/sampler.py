@@ -58,11 +58,16 @@ def candidates_wanted(sampling: Sampling, num_top: int | None) -> int | None:
     report = num_top or 0
     if sampling.greedy:
         return report + 1
-    if not SHARDS_TEMPERATURES[0] <= sampling.temperature <= SHARDS_TEMPERATURES[1]:
+    if not sampling.top_k and not SHARDS_TEMPERATURES[0] <= sampling.temperature <= SHARDS_TEMPERATURES[1]:
         return None
     keep = sampling.top_k or DEFAULT_CANDIDATES
     wanted = max(keep, report) + 1
     return wanted if wanted <= MAX_CANDIDATES else None
+
+
+def shards_temperature(sampling: Sampling) -> float:
+    """By what the shards should divide logits for their scaled logsumexp; 1 where it is not used."""
+    return 1.0 if sampling.greedy or sampling.top_k else sampling.temperature
 
 
 def penalize(logits: torch.Tensor, sampling: Sampling, prompt: Sequence[int], generated: Sequence[int]) -> torch.Tensor:

@@ -10,6 +10,7 @@ from coordinator.config import DTYPES, QUANTIZATIONS
 from coordinator.models.checkpoint import Checkpoint
 from coordinator.models.config import read_config, read_stop_ids
 from coordinator.models.hub import resolve
+from coordinator.models.layout import match_layout
 from coordinator.models.registry import describe
 from coordinator.planning.plan import plan_mesh
 from coordinator.resident import Resident, load_resident, random_resident
@@ -46,12 +47,13 @@ class ServedModel:
 
         """
         directory = resolve(settings.model)
-        config = read_config(directory)
+        spec = describe(read_config(directory))
+        checkpoint = None if settings.random_weights else Checkpoint.open(directory)
         return cls(
             settings=settings,
             directory=directory,
-            spec=describe(config),
-            checkpoint=None if settings.random_weights else Checkpoint.open(directory),
+            spec=match_layout(spec, checkpoint.tensors) if checkpoint else spec,
+            checkpoint=checkpoint,
             tokenizer=Tokenizer.load_optional(directory),
             stop_ids=frozenset(read_stop_ids(directory)),
         )

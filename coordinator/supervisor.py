@@ -58,7 +58,7 @@ class Supervisor:
         try:
             await self._serve(fanout)
         except Exception as error:
-            log.error("engine failed", error=repr(error))
+            log.exception("engine failed", error=repr(error))
             self.engine.refusal = NotServing("the engine failed; the coordinator's log has the details")
             self.engine.fail(MeshError("internal error; the coordinator's log has the details"))
             raise

@@ -61,7 +61,11 @@ _EMBEDDED_ONLY = ("shards", "threads", "device", "dtype", "quantize", "load_form
 @click.option("--seed", type=click.IntRange(0, 2**64 - 1), help="Same seed, same mesh, same text.")
 @click.option("--stop", multiple=True, help="Text that ends the completion; may be given several times.")
 @click.option("--ignore-eos", is_flag=True, help="Go on after end-of-sequence tokens.")
-@click.option("--logprobs", type=click.IntRange(0, MAX_TOP_LOGPROBS), help="Log probabilities of each token and N alternatives (with --json).")
+@click.option(
+    "--logprobs",
+    type=click.IntRange(0, MAX_TOP_LOGPROBS),
+    help="Log probabilities of each token and N alternatives (with --json).",
+)
 @click.option("--coordinator", metavar="HOST:PORT", help="Ask this coordinator instead of starting a private mesh.")
 @insecure_option
 @json_option
@@ -241,10 +245,14 @@ def _utf8(flag: str, text: str) -> str:
 
 def _token_ids(text: str) -> list[int]:
     parts = [part.strip() for part in text.split(",")]
-    # `int` alone would take 1_0 and other scripts' digits too; 10 digits are enough for any id.
-    if junk := [part for part in parts if not (part.isascii() and part.isdecimal() and len(part) <= 10 and int(part) <= MAX_UINT32)]:
+    if junk := [part for part in parts if not _is_token_id(part)]:
         raise InvalidArgument(f"--prompt-ids must be token ids separated by commas, found {junk[0][:40]!r}")
     return [int(part) for part in parts]
+
+
+def _is_token_id(text: str) -> bool:
+    # `int` alone would take 1_0 and other scripts' digits, and refuses thousands of digits in its own words.
+    return text.isascii() and text.isdecimal() and len(text) <= len(str(MAX_UINT32)) and int(text) <= MAX_UINT32
 
 
 def _messages(data: bytes) -> list[generation_pb2.ChatMessage]:

@@ -184,7 +184,7 @@ def _plain(value: object, depth: int = 0) -> object:
             return value
         case Mapping():
             return {str(key): _plain(item, depth + 1) for key, item in value.items()}
-        case Sequence():
+        case Sequence() if not isinstance(value, (bytes, bytearray)):
             return [_plain(item, depth + 1) for item in value]
     raise InvalidArgument(f"chat messages and template arguments hold what JSON can hold, found {type(value).__name__}")
 

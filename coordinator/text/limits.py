@@ -27,7 +27,7 @@ MAX_TEXT = 16 * 2**20
 MAX_WORK = 64 * 2**20
 """Characters that one rendering may produce in all, loops and calls counted at `PASS` each."""
 
-MAX_SECONDS = 10.0
+MAX_SECONDS = 5.0
 """Wall time of one rendering."""
 
 PASS = 64
@@ -75,8 +75,8 @@ class BoundedSandbox(ImmutableSandboxedEnvironment):
         self._work = 0
         self._deadline = time.monotonic() + MAX_SECONDS
 
-    def spend(self, work: int) -> str:
-        """Book work.
+    def spend(self, work: int) -> bool:
+        """Book work; always true, so that it can stand in a condition.
 
         Raises:
             SecurityError: too much of it, or too late.
@@ -85,7 +85,7 @@ class BoundedSandbox(ImmutableSandboxedEnvironment):
         self._work += work
         if self._work > MAX_WORK or time.monotonic() > self._deadline:
             raise SecurityError(f"it does more than {MAX_WORK} units of work, or takes more than {MAX_SECONDS:g} s")
-        return ""
+        return True
 
     def book(self, value: object) -> object:
         """Book a value that becomes text."""
@@ -116,7 +116,8 @@ class BoundedSandbox(ImmutableSandboxedEnvironment):
     def call(self, context: Context, function: Any, /, *args: Any, **kwargs: Any) -> Any:  # noqa: ANN401
         """Call a function, macro or method of a text."""
         self.spend(PASS)
-        subject = getattr(function, "__self__", None)
+        # The sandbox wraps `format`.
+        subject = getattr(getattr(function, "__wrapped__", function), "__self__", None)
         if isinstance(subject, str) and (estimate := _METHOD_SIZES.get(function.__name__)):
             args = tuple(map(_whole, args))
             _check(estimate(subject, *args, **kwargs))
@@ -143,7 +144,10 @@ class _Booking(NodeTransformer):
     def visit_For(self, node: nodes.For) -> nodes.Node:  # noqa: N802  # jinja2's name
         self.generic_visit(node)
         constant = sum(len(data.data) for data in node.find_all(nodes.TemplateData))
-        node.body.insert(0, nodes.ExprStmt(_call("spend", [nodes.Const(PASS + constant)], node.lineno), lineno=node.lineno))
+        booking = _call("spend", [nodes.Const(PASS + constant)], node.lineno)
+        node.body.insert(0, nodes.ExprStmt(booking, lineno=node.lineno))
+        if isinstance(node, nodes.For) and node.test is not None:
+            node.test = nodes.And(booking, node.test, lineno=node.lineno)
         return node
 
     visit_Macro = visit_CallBlock = visit_For  # noqa: N815

@@ -9,7 +9,7 @@ import json
 from typing import TYPE_CHECKING
 
 import tokenizers
-from tokenizers import AddedToken, processors
+from tokenizers import AddedToken
 
 from coordinator.text.chat_template import ChatTemplate, chat_template_source
 from coordinator.text.decoding import decoder_steps
@@ -130,7 +130,10 @@ def _read_config(file: Path) -> Mapping[str, object]:
 
 
 def _configure(tokenizer: tokenizers.Tokenizer, config: Mapping[str, object]) -> None:
-    """Do to the library's tokenizer what transformers does when it loads the same folder."""
+    """Do to the library's tokenizer what transformers does when it loads the same folder.
+
+    As there, `add_bos_token` and `add_eos_token` do not count: which tokens are added is what tokenizer.json says.
+    """
     tokenizer.no_truncation()
     tokenizer.no_padding()
     tokenizer.encode_special_tokens = bool(config.get("split_special_tokens"))
@@ -141,19 +144,6 @@ def _configure(tokenizer: tokenizers.Tokenizer, config: Mapping[str, object]) ->
     special = {token.content for token in tokenizer.get_added_tokens_decoder().values() if token.special}
     named = [token for _, token in _named_tokens(config)] + _extra_tokens(config)
     tokenizer.add_special_tokens([AddedToken(token, normalized=False, special=True) for token in named if token not in special])
-    # transformers: if the config speaks of these, it overrules the processor of tokenizer.json.
-    if "add_bos_token" in config or "add_eos_token" in config or tokenizer.post_processor is None:
-        tokenizer.post_processor = _post_processor(tokenizer, config)
-
-
-def _post_processor(tokenizer: tokenizers.Tokenizer, config: Mapping[str, object]) -> processors.PostProcessor:
-    spelling = dict(_named_tokens(config))
-    bos = spelling.get("bos_token") if config.get("add_bos_token") else None
-    eos = spelling.get("eos_token") if config.get("add_eos_token") else None
-    return processors.TemplateProcessing(
-        single=[token for token in (bos, "$A", eos) if token is not None],
-        special_tokens=[(token, tokenizer.token_to_id(token)) for token in dict.fromkeys((bos, eos)) if token is not None],
-    )
 
 
 def _named_tokens(config: Mapping[str, object]) -> Iterator[tuple[str, str]]:

@@ -327,8 +327,9 @@ class Talk:
 class Client:
     """A channel to one worker."""
 
-    def __init__(self, channel: grpc.aio.Channel, tiny: Tiny) -> None:
+    def __init__(self, channel: grpc.aio.Channel, tiny: Tiny, address: str = "") -> None:
         self.channel = channel
+        self.address = address
         self.stub = ShardWorkerStub(channel)
         self.tiny = tiny
 
@@ -376,7 +377,7 @@ async def client(tmp_path: Path, tiny: Tiny) -> AsyncIterator[Client]:
     worker = await start_worker(f"unix:{tmp_path}/w.sock", device="cpu", threads=1)
     options = channel_options(max_send_bytes=MAX_WORKER_REQUEST_BYTES, max_receive_bytes=MAX_WORKER_REPLY_BYTES)
     async with grpc.aio.insecure_channel(worker.address, options=options) as channel:
-        yield Client(channel, tiny)
+        yield Client(channel, tiny, worker.address)
     await worker.stop(0)
 
 

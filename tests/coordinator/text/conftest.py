@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
 
+UNKNOWN = "<unk>"
 SPECIAL = ["<s>", "</s>", "<|user|>"]
 CORPUS = ["the quick brown fox jumps over the lazy dog", "def f(x):\n    return x + 12", "naïve café 世界 🎉", "don't stop"] * 5
 
@@ -26,13 +27,13 @@ def byte_level() -> Tokenizer:
 
 def byte_fallback() -> Tokenizer:
     """Llama 2, Mixtral."""
-    characters = sorted(set("".join(CORPUS)) - {" ", "🎉", "世"}) + ["▁", "▁the", "▁▁", "fox", "<0xZZ>", "<0x4>"]
+    characters = [*sorted(set("".join(CORPUS)) - {" ", "🎉", "世"}), "▁", "▁the", "▁▁", "fox", "<0xZZ>", "<0x4>"]
     vocab = {
         token: number
-        for number, token in enumerate(["<unk>", *SPECIAL, *(f"<0x{byte:02X}>" for byte in range(256)), *characters])
+        for number, token in enumerate([UNKNOWN, *SPECIAL, *(f"<0x{byte:02X}>" for byte in range(256)), *characters])
     }
     merges = [("t", "h")] if "th" in vocab else []
-    tokenizer = Tokenizer(models.BPE(vocab=vocab, merges=merges, unk_token="<unk>", fuse_unk=True, byte_fallback=True))
+    tokenizer = Tokenizer(models.BPE(vocab=vocab, merges=merges, unk_token=UNKNOWN, fuse_unk=True, byte_fallback=True))
     tokenizer.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
     steps = [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)]
     tokenizer.decoder = decoders.Sequence(steps)
@@ -44,7 +45,7 @@ def metaspace() -> Tokenizer:
     """SentencePiece unigram, as newer files write it."""
     tokenizer = Tokenizer(
         models.Unigram(
-            [("<unk>", 0.0), ("▁", -2.0), ("▁the", -1.0), ("▁▁x", -3.0), ("fox", -2.0), *((c, -5.0) for c in "abcx")], 0
+            [(UNKNOWN, 0.0), ("▁", -2.0), ("▁the", -1.0), ("▁▁x", -3.0), ("fox", -2.0), *((c, -5.0) for c in "abcx")], 0
         )
     )
     tokenizer.pre_tokenizer = pre_tokenizers.Metaspace()
@@ -55,8 +56,8 @@ def metaspace() -> Tokenizer:
 
 def word_piece() -> Tokenizer:
     """BERT."""
-    vocab = ["[UNK]", "the", "##s", "##", "fox", "don", "'", "n't", "t", ".", "?", "do", "not", " do not"]
-    tokenizer = Tokenizer(models.WordPiece({token: number for number, token in enumerate(vocab)}, unk_token="[UNK]"))
+    vocab = [UNKNOWN, "the", "##s", "##", "fox", "don", "'", "n't", "t", ".", "?", "do", "not", " do not"]
+    tokenizer = Tokenizer(models.WordPiece({token: number for number, token in enumerate(vocab)}, unk_token=UNKNOWN))
     tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
     tokenizer.decoder = decoders.WordPiece(prefix="##", cleanup=True)
     tokenizer.add_special_tokens(SPECIAL)
@@ -74,7 +75,7 @@ def word_ends() -> Tokenizer:
 
 def no_decoder() -> Tokenizer:
     """Whole words."""
-    tokenizer = Tokenizer(models.WordLevel({"the": 0, "fox": 1, "[UNK]": 2}, unk_token="[UNK]"))
+    tokenizer = Tokenizer(models.WordLevel({"the": 0, "fox": 1, UNKNOWN: 2}, unk_token=UNKNOWN))
     tokenizer.add_special_tokens(SPECIAL)
     return tokenizer
 

@@ -55,7 +55,7 @@ QWEN3 = """{%- if tools %}
 {%- endfor %}
 {%- macro show(content) %}{{ content.split('</think>')[-1].lstrip('\n') }}{%- endmacro %}
 {%- for message in messages %}
-    {%- if message.role == "assistant" and '</think>' in message.content and loop.index0 <= ns.last_query_index %}
+    {%- if message.role == "assistant" and '</think>' in message.content and not loop.last %}
         {{- '<|im_start|>assistant\n' + show(message.content) }}
     {%- elif loop.last or message.content %}
         {{- '<|im_start|>' + message.role + '\n' + message.content }}
@@ -95,7 +95,7 @@ CHATS: list[list[dict[str, Any]]] = [
     [{"role": "system", "content": " be kind "}, {"role": "user", "content": "1"}, {"role": "assistant", "content": "2"}],
     [
         {"role": "user", "content": "q"},
-        {"role": "assistant", "content": "<think>\nhm\n</think>\n\nа"},
+        {"role": "assistant", "content": "<think>\nhm\n</think>\n\nb"},
         {"role": "user", "content": "🎉"},
     ],
     [{"role": "user", "content": "q"}, {"role": "assistant", "content": "", "tool_calls": [CALL]}],
@@ -115,7 +115,7 @@ ARGUMENTS: list[dict[str, Any]] = [
 def oracle(source: str, messages: list[dict[str, Any]], arguments: dict[str, Any]) -> str | None:
     """What transformers makes of it; None if it fails."""
     try:
-        rendered, _ = render_jinja_template([messages], chat_template=source, **SPECIAL, **arguments)
+        rendered, _ = render_jinja_template([messages], chat_template=source, **(SPECIAL | arguments))
     except Exception:  # noqa: BLE001
         return None
     return str(rendered[0])
@@ -167,8 +167,11 @@ def test_messages_of_any_form_are_rendered_or_refused_in_one_line(name: str, mes
     try:
         ChatTemplate(TEMPLATES[name], SPECIAL).render(messages, add_generation_prompt=True)
     except InvalidArgument as error:
-        assert "\n" not in str(error)  # noqa: PT017  # either way is right
-        assert len(str(error)) < 500
+        refusal = str(error)
+    else:
+        refusal = ""
+    assert "\n" not in refusal
+    assert len(refusal) < 500
 
 
 @given(value=JSON)
@@ -184,7 +187,7 @@ def test_what_a_template_raises_is_the_requests_fault_and_says_why() -> None:
 
 def test_an_argument_overrules_a_special_token() -> None:
     template = ChatTemplate("{{ bos_token }}{{ self_ }}", SPECIAL)
-    assert template.render([], bos_token="X", self_="Y") == "XY"
+    assert template.render([], **{"bos_token": "X", "self_": "Y"}) == "XY"
 
 
 def test_an_argument_cannot_replace_the_chat() -> None:
@@ -257,6 +260,9 @@ def test_a_template_cannot_get_out(source: str) -> None:
     assert not set("<[{") & set(text)
 
 
+# A list of a hundred lists whose text is of 2**99 characters.
+TREE = "{% set ns = namespace(x=[1]) %}{% for i in range(99) %}{% set ns.x = [ns.x, ns.x] %}{% endfor %}{% set x = ns.x %}"
+
 BOMBS = [
     "{% for i in range(10**9) %}x{% endfor %}",
     "{% for i in range(99999) %}{% for j in range(99999) %}{% endfor %}{% endfor %}",
@@ -265,7 +271,7 @@ BOMBS = [
     "{{ 'a' * 10**10 }}",
     "{{ 10**10 * 'a' }}",
     "{{ ([messages] * 10**8)|length }}",
-    "{{ 10**10**10 }}",
+    "{{ 10**(10**10) }}",
     "{% set ns = namespace(x=3) %}{% for i in range(99) %}{% set ns.x = ns.x * ns.x %}{% endfor %}{{ ns.x }}",
     "{% set ns = namespace(x='ab') %}{% for i in range(99) %}{% set ns.x = ns.x + ns.x %}{% endfor %}",
     "{% set ns = namespace(x='ab') %}{% for i in range(99) %}{% set ns.x = ns.x ~ ns.x %}{% endfor %}",
@@ -273,12 +279,9 @@ BOMBS = [
     "{% set ns = namespace(x='aa') %}{% for i in range(99) %}{% set ns.x = ns.x.replace('a', ns.x) %}{% endfor %}",
     "{% set ns = namespace(x='aa') %}{% for i in range(99) %}{% set ns.x = ns.x|replace('a', ns.x) %}{% endfor %}",
     "{% set ns = namespace(x='aa') %}{% for i in range(99) %}{% set ns.x = ns.x.join(ns.x) %}{% endfor %}",
-    "{% set ns = namespace(x='aa') %}{% for i in range(99) %}{% set ns.x = [ns.x, ns.x, 'x']|map('upper')|join(ns.x) %}{% endfor %}",
-    "{% set ns = namespace(x=[1]) %}{% for i in range(99) %}{% set ns.x = [ns.x, ns.x] %}{% endfor %}{{ ns.x }}",
-    "{% set ns = namespace(x=[1]) %}{% for i in range(99) %}{% set ns.x = [ns.x, ns.x] %}{% endfor %}{{ ns.x|string|length }}",
-    "{% set ns = namespace(x=[1]) %}{% for i in range(99) %}{% set ns.x = [ns.x, ns.x] %}{% endfor %}{{ ns.x|tojson|length }}",
-    "{% set ns = namespace(x=[1]) %}{% for i in range(99) %}{% set ns.x = [ns.x, ns.x] %}{% endfor %}{{ ('%s' % ns.x)|length }}",
-    "{% set ns = namespace(x=[1]) %}{% for i in range(99) %}{% set ns.x = [ns.x, ns.x] %}{% endfor %}{{ '{}'.format(ns.x)|length }}",
+    "{% set ns = namespace(x='aa') %}{% for i in range(99) %}{% set ns.x = [ns.x, 'x']|map('upper')|join(ns.x) %}{% endfor %}",
+    *(TREE + use for use in ("{{ x }}", "{{ x|string|length }}", "{{ x|tojson|length }}", "{{ ('%s' % x)|length }}")),
+    *(TREE + use for use in ("{{ '{}'.format(x)|length }}", "{{ (x ~ '')|length }}", "{{ [x, x]|join|length }}")),
     "{{ 'a'.center(10**10) }}",
     "{{ 'a'.ljust(width=10**10) }}",
     "{{ 'a'.zfill(10**10) }}",
@@ -308,8 +311,8 @@ def test_a_template_cannot_use_up_the_machine(source: str) -> None:
 
 
 def test_work_is_booked_for_each_rendering_anew() -> None:
-    template = ChatTemplate("{% for i in range(90000) %}xxxxxxxx{% endfor %}", {})
-    assert {len(template.render([])) for _ in range(20)} == {720_000}
+    template = ChatTemplate("{% for i in range(10000) %}" + "x" * 1600 + "{% endfor %}", {})
+    assert {len(template.render([])) for _ in range(5)} == {16_000_000}
 
 
 def test_a_long_chat_is_no_bomb() -> None:

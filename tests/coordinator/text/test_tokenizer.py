@@ -62,7 +62,7 @@ def test_truncation_and_padding_of_the_file_do_not_apply(make_folder: Folder) ->
 
 @pytest.mark.parametrize("bos", [True, False])
 def test_chat_ids_equal_transformers(make_folder: Folder, *, bos: bool) -> None:
-    folder = make_folder(chat_template="{{ bos_token }}" * bos + CHATML, add_bos_token=True)
+    folder = make_folder(chat_template="{{ bos_token }}" * bos + CHATML, bos_by_processor=True)
     ours, theirs = Tokenizer.load(folder), AutoTokenizer.from_pretrained(folder)
     wanted = theirs.apply_chat_template(MESSAGES, add_generation_prompt=True, tokenize=True, return_dict=False)
     assert ours.has_chat_template
@@ -70,9 +70,10 @@ def test_chat_ids_equal_transformers(make_folder: Folder, *, bos: bool) -> None:
 
 
 def test_the_beginning_token_of_a_template_is_not_doubled(make_folder: Folder) -> None:
-    tokenizer = Tokenizer.load(make_folder(chat_template="{{ bos_token }}" + CHATML, add_bos_token=True))
+    tokenizer = Tokenizer.load(make_folder(chat_template="{{ bos_token }}" + CHATML, bos_by_processor=True))
     ids = tokenizer.encode_chat([{"role": "user", "content": "x"}], {})
-    assert ids.count(tokenizer.encode("")[0]) == 1
+    (bos,) = tokenizer.encode("")
+    assert ids.count(bos) == 1
 
 
 def test_the_caller_may_ask_for_no_generation_prompt(make_folder: Folder) -> None:
