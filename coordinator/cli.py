@@ -2,30 +2,54 @@
 
 from __future__ import annotations
 
-import importlib.metadata
+import importlib
 import sys
 
 import click
 
-from coordinator.commands.generate import generate
-from coordinator.commands.import_gguf import import_gguf
-from coordinator.commands.plan import plan
-from coordinator.commands.serve import serve
-from coordinator.commands.status import status
 from protos.errors import InvalidArgument, MeshError, ModelError, TopologyError
 
 MISTAKES = (InvalidArgument, ModelError, TopologyError)
 """What the person at the keyboard can mend: exit code 2, as for a wrong flag."""
 
+COMMANDS = {
+    "generate": "Generate text from a prompt, a chat or token ids.",
+    "serve": "Serve a model on workers that run already.",
+    "plan": "Show who holds what and how much memory that takes.",
+    "status": "Show workers, epoch, plan, load and health of a mesh.",
+    "import-gguf": "Turn a llama-family GGUF file into a Hugging Face folder.",
+}
+"""Name and purpose; each lives in `coordinator.commands` under its own name."""
 
-@click.group(context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 120})
-@click.version_option(importlib.metadata.version("shardmesh"), prog_name="coordctl")
+
+class Commands(click.Group):
+    """Imports a command when it is run: torch takes seconds, and most commands need none."""
+
+    def list_commands(self, ctx: click.Context) -> list[str]:
+        """Names in the order of the help page."""
+        del ctx
+        return list(COMMANDS)
+
+    def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
+        """Import one command."""
+        del ctx
+        if cmd_name not in COMMANDS:
+            return None
+        name = cmd_name.replace("-", "_")
+        command: click.Command = getattr(importlib.import_module(f"coordinator.commands.{name}"), name)
+        return command
+
+    def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        """List names and purposes without importing anything."""
+        del ctx
+        with formatter.section("Commands"):
+            formatter.write_dl(list(COMMANDS.items()))
+
+
+@click.group(cls=Commands, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 120})
+@click.version_option(package_name="shardmesh")
 def coordctl() -> None:
     """Serve Mixture-of-Experts models on a mesh of ordinary machines."""
-
-
-for command in (generate, serve, plan, status, import_gguf):
-    coordctl.add_command(command)
 
 
 def main() -> None:

@@ -45,6 +45,7 @@ class EmbeddedWorkers:
         self._threads = threads or max(1, (os.cpu_count() or 1) // num_workers)
         self._directory = Path()
         self._processes: list[asyncio.subprocess.Process] = []
+        self._copying: list[asyncio.Task[None]] = []
 
     @property
     def addresses(self) -> tuple[str, ...]:
@@ -57,21 +58,24 @@ class EmbeddedWorkers:
         return f"unix:{self._directory}/coordinator.sock"
 
     async def __aenter__(self) -> Self:
-        """Start all workers and wait until they listen.
+        """Start all workers."""
+        self._directory = Path(tempfile.mkdtemp(prefix="shardmesh-"))
+        try:
+            for address in self.addresses:
+                self._processes.append(await self._spawn(address))
+        except BaseException:
+            await self._stop()
+            raise
+        return self
+
+    async def wait_listening(self) -> None:
+        """Wait until all workers listen.
 
         Raises:
             WorkerLost: one ended, or took too long.
 
         """
-        self._directory = Path(tempfile.mkdtemp(prefix="shardmesh-"))
-        try:
-            for address in self.addresses:
-                self._processes.append(await self._spawn(address))
-            await asyncio.gather(*(self._wait_listening(process) for process in self._processes))
-        except BaseException:
-            await self._stop()
-            raise
-        return self
+        await asyncio.gather(*(self._wait_listening(process) for process in self._processes))
 
     async def __aexit__(self, *_: object) -> None:
         """End all workers and remove the folder."""
@@ -83,12 +87,13 @@ class EmbeddedWorkers:
             *("--threads", str(self._threads), "--log-level", "error", "--until-stdin-closes"),
             stdin=asyncio.subprocess.PIPE,
             stdout=asyncio.subprocess.PIPE,
+            stderr=asyncio.subprocess.PIPE,
             # A Ctrl-C in the terminal is for this process; it ends the workers itself.
             start_new_session=True,
         )
 
     async def _wait_listening(self, process: asyncio.subprocess.Process) -> None:
-        if process.stdout is None:
+        if process.stdout is None or process.stderr is None:
             raise ValueError("a worker without standard output")
         try:
             async with asyncio.timeout(START_DEADLINE_S):
@@ -96,8 +101,10 @@ class EmbeddedWorkers:
         except TimeoutError:
             raise WorkerLost(f"an embedded worker did not start within {START_DEADLINE_S:g} s") from None
         if not line.startswith(b"listening on "):
-            code = await process.wait()
-            raise WorkerLost(f"an embedded worker ended with exit code {code} before it listened; its message stands above")
+            said = (await process.stderr.read()).decode(errors="replace").strip().rpartition("\n")[2]
+            raise WorkerLost(f"an embedded worker ended with exit code {await process.wait()} before it listened: {said}")
+        # From now on its few log lines are this command's.
+        self._copying.append(asyncio.create_task(_copy_lines(process.stderr)))
 
     async def _stop(self) -> None:
         stopping = asyncio.ensure_future(self._stop_all())
@@ -116,6 +123,8 @@ class EmbeddedWorkers:
             if process.stdin:
                 process.stdin.close()
         await asyncio.gather(*(self._stop_one(process) for process in self._processes))
+        for task in self._copying:
+            task.cancel()
         shutil.rmtree(self._directory, ignore_errors=True)
 
     async def _stop_one(self, process: asyncio.subprocess.Process) -> None:
@@ -125,3 +134,8 @@ class EmbeddedWorkers:
         except TimeoutError:
             process.kill()
             await process.wait()
+
+
+async def _copy_lines(stream: asyncio.StreamReader) -> None:
+    while line := await stream.readline():
+        sys.stderr.write(line.decode(errors="replace"))

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections import Counter
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Self
 
@@ -12,10 +11,9 @@ from coordinator.models.config import read_config, read_stop_ids
 from coordinator.models.hub import resolve
 from coordinator.models.layout import match_layout
 from coordinator.models.registry import describe
-from coordinator.planning.plan import plan_mesh
+from coordinator.planning.plan import default_dtype, plan_mesh
 from coordinator.resident import Resident, load_resident, random_resident
 from coordinator.text.tokenizer import Tokenizer
-from protos.tensor_pb2 import DTYPE_BF16, DType
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -23,6 +21,7 @@ if TYPE_CHECKING:
     from coordinator.config import ModelSettings
     from coordinator.models.spec import ModelSpec
     from coordinator.planning.plan import MeshPlan
+    from protos.tensor_pb2 import DType
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,6 +36,8 @@ class ServedModel:
     tokenizer: Tokenizer | None
     """None where the folder has no tokenizer.json: token ids only."""
     stop_ids: frozenset[int]
+    dtype: DType
+    """The one asked for, or else the model's own."""
 
     @classmethod
     def open(cls, settings: ModelSettings) -> Self:
@@ -47,7 +48,8 @@ class ServedModel:
 
         """
         directory = resolve(settings.model)
-        spec = describe(read_config(directory))
+        config = read_config(directory)
+        spec = describe(config)
         checkpoint = None if settings.random_weights else Checkpoint.open(directory)
         return cls(
             settings=settings,
@@ -56,19 +58,8 @@ class ServedModel:
             checkpoint=checkpoint,
             tokenizer=Tokenizer.load_optional(directory),
             stop_ids=frozenset(read_stop_ids(directory)),
+            dtype=default_dtype(config, checkpoint) if settings.dtype == "auto" else DTYPES[settings.dtype],
         )
-
-    @property
-    def dtype(self) -> DType:
-        """The dtype asked for, or else the one of most of the checkpoint's bytes."""
-        if self.settings.dtype != "auto":
-            return DTYPES[self.settings.dtype]
-        if self.checkpoint is None:
-            return DTYPE_BF16
-        sizes: Counter[str] = Counter()
-        for tensor in self.checkpoint.tensors.values():
-            sizes[tensor.dtype.lower()] += tensor.num_bytes
-        return DTYPES.get(max(sizes, key=sizes.__getitem__), DTYPE_BF16)
 
     def plan(self, num_shards: int, page_tokens: int) -> MeshPlan:
         """Cut the model into shards.

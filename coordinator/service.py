@@ -139,7 +139,11 @@ class GenerationService(generation_pb2_grpc.GenerationServicer):
         messages = [{"role": one.role, "content": one.content} for one in message.chat.messages]
         if not messages:
             raise InvalidArgument("the chat has no messages")
-        return tokenizer.encode_chat(messages, MessageToDict(message.chat.template_arguments))
+        try:
+            arguments = MessageToDict(message.chat.template_arguments)
+        except ValueError as error:
+            raise InvalidArgument(f"template_arguments must hold JSON values: {error}") from None
+        return tokenizer.encode_chat(messages, arguments)
 
     def _most_tokens(self, prompt_tokens: int) -> int:
         most = self.engine.max_tokens - prompt_tokens

@@ -229,8 +229,16 @@ def test_every_module_says_what_it_is(name: str) -> None:
         assert ast.get_docstring(TREES[name])
 
 
+def test_git_ignores_no_source() -> None:
+    patterns = (ROOT / ".gitignore").read_text().split()
+    anywhere = [pattern.rstrip("/") for pattern in patterns if not pattern.startswith("/")]
+    paths = [path.relative_to(ROOT) for folder in (*PACKAGES, "tests") for path in (ROOT / folder).rglob("*.py")]
+    assert len(paths) > len(WRITTEN)
+    assert [path for path in paths if any(fnmatch(part, pattern) for part in path.parts for pattern in anywhere)] == []
+
+
 def test_the_readme_names_every_file_and_folder_of_the_top_level() -> None:
-    ignored = [pattern.rstrip("/") for pattern in (ROOT / ".gitignore").read_text().split()]
+    ignored = [pattern.strip("/") for pattern in (ROOT / ".gitignore").read_text().split()]
     entries = {
         path.name
         for path in ROOT.iterdir()

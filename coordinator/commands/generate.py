@@ -13,7 +13,6 @@ from typing import Any
 
 import click
 
-from coordinator.app import Coordinator
 from coordinator.client import GenerationClient
 from coordinator.commands.options import device_option, insecure_option, json_option, mesh_options, model_options
 from coordinator.commands.running import run
@@ -156,6 +155,10 @@ async def _generate_embedded(flags: dict[str, Any], request: generation_pb2.Gene
     )
     async with AsyncExitStack() as stack:
         workers = await stack.enter_async_context(EmbeddedWorkers(flags["shards"], flags["device"], flags["threads"]))
+        # torch takes seconds to import: here they pass while the workers do the same, and a remote call needs none of it.
+        from coordinator.app import Coordinator  # noqa: PLC0415
+
+        await workers.wait_listening()
         settings = ServeSettings(
             model=model,
             listen=workers.coordinator_address,

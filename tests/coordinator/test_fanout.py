@@ -26,7 +26,9 @@ def echo(request: ExecuteRequest, shard: int) -> ExecuteResponse:
 class FakeSession:
     """Answers by `answer`; an answer of None never comes."""
 
-    def __init__(self, shard: int, log: list[str], answer: Callable[[ExecuteRequest, int], ExecuteResponse | None] = echo) -> None:
+    def __init__(
+        self, shard: int, log: list[str], answer: Callable[[ExecuteRequest, int], ExecuteResponse | None] = echo
+    ) -> None:
         self.address = f"host-{shard}:1"
         self.cancelled = False
         self.requests: list[ExecuteRequest] = []

@@ -8,6 +8,7 @@ from coordinator.request import Request, Sampling
 from coordinator.sequence import Sequence, SequenceId
 from protos.errors import WrongResult
 from protos.shardworker_pb2 import ExecuteRequest, ExecuteResponse, HeadResult
+from protos.shardworker_pb2 import Head as HeadRequest
 from protos.tensor_pb2 import DTYPE_F32, DTYPE_I32
 from protos.tensors import decode, encode
 
@@ -28,18 +29,20 @@ class FakeShards:
         hidden = decode(request.head.hidden)
         assert len(hidden) == num_rows
         parts = self.matrix.split(SIZES)
-        answers = [self._answer(request.head, hidden @ part.T, sum(SIZES[:shard])) for shard, part in enumerate(parts)]
+        # Row by row: a product's bits depend on how many rows it has.
+        products = [torch.stack([part @ row for row in hidden]) for part in parts]
+        answers = [self._answer(request.head, logits, sum(SIZES[:shard])) for shard, logits in enumerate(products)]
         return [ExecuteResponse(head=self.spoil.get(shard, answer)) for shard, answer in enumerate(answers)]
 
-    def _answer(self, head: object, logits: torch.Tensor, start: int) -> HeadResult:
-        if head.logits:  # type: ignore[attr-defined]
+    def _answer(self, head: HeadRequest, logits: torch.Tensor, start: int) -> HeadResult:
+        if head.logits:
             return HeadResult(logits=encode(logits, DTYPE_F32))
-        assert all(0 < one < float("inf") for one in head.temperatures)  # type: ignore[attr-defined]
-        assert len(head.temperatures) == len(logits)  # type: ignore[attr-defined]
-        assert 1 <= head.num_candidates <= 1024  # type: ignore[attr-defined]
+        assert all(0 < one < float("inf") for one in head.temperatures)
+        assert len(head.temperatures) == len(logits)
+        assert 1 <= head.num_candidates <= 1024
         ordered, order = torch.sort(logits, dim=1, descending=True, stable=True)
-        count = head.num_candidates  # type: ignore[attr-defined]
-        scaled = logits / torch.tensor(list(head.temperatures)).unsqueeze(1)  # type: ignore[attr-defined]
+        count = head.num_candidates
+        scaled = logits / torch.tensor(list(head.temperatures)).unsqueeze(1)
         sums = torch.stack([logits.logsumexp(1), scaled.logsumexp(1)], dim=1)
         return HeadResult(
             candidates=encode(order[:, :count] + start, DTYPE_I32),

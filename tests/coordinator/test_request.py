@@ -11,7 +11,11 @@ from protos.errors import InvalidArgument
 @pytest.mark.parametrize(
     ("name", "value"),
     [
-        *[(name, bad) for name in ("temperature", "top_p", "min_p", "repetition_penalty") for bad in (float("nan"), float("inf"), -0.1)],
+        *[
+            (name, bad)
+            for name in ("temperature", "top_p", "min_p", "repetition_penalty")
+            for bad in (float("nan"), float("inf"), -0.1)
+        ],
         ("top_k", -1),
         ("top_p", 0.0),
         ("top_p", 1.01),

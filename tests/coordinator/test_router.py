@@ -59,7 +59,9 @@ def test_softmax_gate_is_qwens_and_olmoes(config: Any, module: Any, *, renormali
 @pytest.mark.parametrize("seed", range(3))
 @pytest.mark.parametrize("renormalize", [True, False])
 @pytest.mark.parametrize(("num_groups", "top_groups"), [(1, 1), (4, 2), (2, 1)])
-def test_sigmoid_gate_is_glms_with_correction_and_groups(num_groups: int, top_groups: int, seed: int, *, renormalize: bool) -> None:
+def test_sigmoid_gate_is_glms_with_correction_and_groups(
+    num_groups: int, top_groups: int, seed: int, *, renormalize: bool
+) -> None:
     config = Glm4MoeConfig(
         hidden_size=HIDDEN,
         n_routed_experts=16,

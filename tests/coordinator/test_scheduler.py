@@ -283,7 +283,12 @@ def test_rewind_replays_in_the_old_order() -> None:
     assert scheduler.pool.num_used == 0
     step = scheduler.schedule()
     assert step is not None
-    assert [(rows.sequence.id, rows.position, rows.num_rows) for rows in step.rows] == [(1, 0, 4), (2, 0, 4), (3, 0, 4), (4, 0, 1)]
+    assert [(rows.sequence.id, rows.position, rows.num_rows) for rows in step.rows] == [
+        (1, 0, 4),
+        (2, 0, 4),
+        (3, 0, 4),
+        (4, 0, 1),
+    ]
     assert set(step.released) == {1, 2, 3}
 
 

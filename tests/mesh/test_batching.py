@@ -36,10 +36,10 @@ async def test_sixteen_at_once_get_the_tokens_each_gets_alone(mesh: MeshMaker, c
 
 async def test_chunks_and_preemption_change_no_token(mesh: MeshMaker, checkpoint: Path) -> None:
     async with mesh(checkpoint, 2) as running:
-        expected = await asyncio.gather(*(running.generate(prompt, 24) for prompt in PROMPTS))
-    # 16 tokens a page: 20 pages hold only a few of the sequences, 7 rows cut every prompt to pieces.
-    async with mesh(checkpoint, 2, max_rows=7, kv_tokens=320) as running:
-        squeezed = await asyncio.gather(*(running.generate(prompt, 24) for prompt in PROMPTS))
+        expected = await asyncio.gather(*(running.generate(prompt, 60) for prompt in PROMPTS[:8]))
+    # 10 pages of 16 tokens hold two or three of the sequences, 7 rows cut every prompt to pieces.
+    async with mesh(checkpoint, 2, max_rows=7, kv_tokens=160) as running:
+        squeezed = await asyncio.gather(*(running.generate(prompt, 60) for prompt in PROMPTS[:8]))
         load = (await running.client.mesh()).load
     assert [one.tokens for one in squeezed] == [one.tokens for one in expected]
     assert load.preemptions > 0, "the cache was meant to be too small"

@@ -64,47 +64,49 @@ class Tiny:
     tensors: dict[str, torch.Tensor] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        generator = torch.Generator().manual_seed(7)
-
-        def draw(name: str, *shape: int, mean: float = 0.0) -> None:
-            self.tensors[name] = (torch.randn(shape, generator=generator) * 0.2 + mean).to(self.file_dtype)
-
-        q, kv = self.heads * self.head_dim, self.kv_heads * self.head_dim
-        full = self.qk_norm == plan_pb2.QK_NORM_FULL
+        self.generator = torch.Generator().manual_seed(7)
         for layer in range(2):
-            for role, rows in (("q", q), ("k", kv), ("v", kv)):
-                draw(f"{layer}.{role}", rows, self.hidden)
-                if self.bias:
-                    draw(f"{layer}.{role}_bias", rows)
-            draw(f"{layer}.o", self.hidden, q)
-            if self.bias:
-                draw(f"{layer}.o_bias", self.hidden)
-            if self.qk_norm != plan_pb2.QK_NORM_NONE:
-                draw(f"{layer}.q_norm", q if full else self.head_dim, mean=1)
-                draw(f"{layer}.k_norm", kv if full else self.head_dim, mean=1)
-        for prefix, width in (("0.dense", self.dense), ("1.shared", self.shared)):
-            draw(f"{prefix}.gate", width, self.hidden)
-            draw(f"{prefix}.up", width, self.hidden)
-            draw(f"{prefix}.down", self.hidden, width)
-        if self.bias:
-            draw("0.dense.gate_bias", self.dense)
-            draw("0.dense.up_bias", self.dense)
-            draw("0.dense.down_bias", self.hidden)
+            self._draw_attention(layer)
+        self._draw_block("0.dense", self.dense, bias=self.bias)
+        self._draw_block("1.shared", self.shared, bias=False)
         if self.fused:
-            draw("1.experts.gate_up", self.experts, 2 * self.columns, self.hidden)
-            draw("1.experts.down", self.experts, self.hidden, self.columns)
+            self._draw("1.experts.gate_up", self.experts, 2 * self.columns, self.hidden)
+            self._draw("1.experts.down", self.experts, self.hidden, self.columns)
         else:
             for expert in range(self.experts):
-                draw(f"1.{expert}.gate", self.columns, self.hidden)
-                draw(f"1.{expert}.up", self.columns, self.hidden)
-                draw(f"1.{expert}.down", self.hidden, self.columns)
-        draw("head", self.vocabulary, self.hidden)
+                self._draw_block(f"1.{expert}", self.columns, bias=False)
+        self._draw("head", self.vocabulary, self.hidden)
         self.write()
+
+    def _draw(self, name: str, *shape: int, mean: float = 0.0) -> None:
+        self.tensors[name] = (torch.randn(shape, generator=self.generator) * 0.2 + mean).to(self.file_dtype)
+
+    def _draw_attention(self, layer: int) -> None:
+        q, kv = self.heads * self.head_dim, self.kv_heads * self.head_dim
+        for role, rows in (("q", q), ("k", kv), ("v", kv)):
+            self._draw(f"{layer}.{role}", rows, self.hidden)
+            if self.bias:
+                self._draw(f"{layer}.{role}_bias", rows)
+        self._draw(f"{layer}.o", self.hidden, q)
+        if self.bias:
+            self._draw(f"{layer}.o_bias", self.hidden)
+        if self.qk_norm != plan_pb2.QK_NORM_NONE:
+            full = self.qk_norm == plan_pb2.QK_NORM_FULL
+            self._draw(f"{layer}.q_norm", q if full else self.head_dim, mean=1)
+            self._draw(f"{layer}.k_norm", kv if full else self.head_dim, mean=1)
+
+    def _draw_block(self, prefix: str, width: int, *, bias: bool) -> None:
+        for role, shape in (("gate", (width, self.hidden)), ("up", (width, self.hidden)), ("down", (self.hidden, width))):
+            self._draw(f"{prefix}.{role}", *shape)
+            if bias:
+                self._draw(f"{prefix}.{role}_bias", shape[0])
 
     def write(self) -> None:
         names = list(self.tensors)
         for number in range(self.num_files):
-            save_file({name: self.tensors[name] for name in names[number :: self.num_files]}, self.directory / f"{number}.safetensors")
+            save_file(
+                {name: self.tensors[name] for name in names[number :: self.num_files]}, self.directory / f"{number}.safetensors"
+            )
 
     def files(self) -> list[plan_pb2.CheckpointFile]:
         paths = [self.directory / f"{number}.safetensors" for number in range(self.num_files)]
@@ -235,7 +237,9 @@ class Tiny:
         a, b, rest = x[..., :half], x[..., half : self.rotary], x[..., self.rotary :]
         return torch.cat((a * cos - b * sin, b * cos + a * sin, rest), -1)
 
-    def feed_forward(self, layer: int, x: torch.Tensor, chosen: torch.Tensor | None, weights: torch.Tensor | None) -> torch.Tensor:
+    def feed_forward(
+        self, layer: int, x: torch.Tensor, chosen: torch.Tensor | None, weights: torch.Tensor | None
+    ) -> torch.Tensor:
         if layer == 0:
             return self._gated(x, "0.dense")
         assert chosen is not None
@@ -347,9 +351,15 @@ class Client:
 def batch(*sequences: tuple[int, int, int, list[int]], released: tuple[int, ...] = ()) -> shardworker_pb2.Batch:
     """Rows of (sequence, position, num_rows, pages)."""
     rows = [
-        shardworker_pb2.SequenceRows(sequence=s, position=p, num_rows=n, pages=pages, prompt_tokens=1) for s, p, n, pages in sequences
+        shardworker_pb2.SequenceRows(sequence=s, position=p, num_rows=n, pages=pages, prompt_tokens=1)
+        for s, p, n, pages in sequences
     ]
     return shardworker_pb2.Batch(sequences=rows, released=released)
+
+
+@pytest.fixture(autouse=True)
+def seed() -> None:
+    torch.manual_seed(0)
 
 
 @pytest.fixture

@@ -10,7 +10,9 @@ import torch
 
 async def test_jobs_run_in_order_in_one_thread_without_autograd(executor: Any) -> None:
     seen: list[tuple[int, int, bool]] = []
-    jobs = [executor.submit(lambda n=n: seen.append((n, threading.get_ident(), torch.is_inference_mode_enabled()))) for n in range(5)]
+    jobs = [
+        executor.submit(lambda n=n: seen.append((n, threading.get_ident(), torch.is_inference_mode_enabled()))) for n in range(5)
+    ]
     await asyncio.gather(*jobs)
     assert [number for number, *_ in seen] == [0, 1, 2, 3, 4]
     assert {(thread != threading.get_ident(), mode) for _, thread, mode in seen} == {(True, True)}

@@ -64,7 +64,9 @@ def check(tiny: Any, plan: plan_pb2.ShardPlan, dtype: torch.dtype) -> None:
 @pytest.mark.parametrize("file_dtype", [torch.float32, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("fused", [False, True])
-def test_slices_equal_the_safetensors_library(make_tiny: Any, file_dtype: torch.dtype, dtype: torch.dtype, fused: bool) -> None:
+def test_slices_equal_the_safetensors_library(
+    make_tiny: Any, file_dtype: torch.dtype, dtype: torch.dtype, *, fused: bool
+) -> None:
     codes = {
         torch.float32: tensor_pb2.DTYPE_F32, torch.bfloat16: tensor_pb2.DTYPE_BF16, torch.float16: tensor_pb2.DTYPE_F16
     }  # fmt: skip
@@ -75,7 +77,9 @@ def test_slices_equal_the_safetensors_library(make_tiny: Any, file_dtype: torch.
 
 @pytest.mark.parametrize("segment", [1, 100, 1 << 20])
 @pytest.mark.parametrize("staging", [512, 1000, 1 << 20])
-def test_any_staging_and_segment_size_reads_the_same(monkeypatch: pytest.MonkeyPatch, make_tiny: Any, segment: int, staging: int) -> None:
+def test_any_staging_and_segment_size_reads_the_same(
+    monkeypatch: pytest.MonkeyPatch, make_tiny: Any, segment: int, staging: int
+) -> None:
     monkeypatch.setattr(loader, "SEGMENT_BYTES", segment)
     monkeypatch.setattr(loader, "STAGING_BYTES", staging)
     tiny = make_tiny()
@@ -180,7 +184,7 @@ def test_a_missing_folder_is_named(tiny: Any, directory: str) -> None:
 def test_a_missing_or_different_tensor_is_named(tiny: Any) -> None:
     tiny.tensors["head"] = torch.zeros(50, 64, dtype=torch.int32)
     tiny.write()
-    with pytest.raises(ModelError, match="tensor 'head' in .*: wanted dtype F32, BF16 or F16, found I32"):
+    with pytest.raises(ModelError, match=r"tensor 'head' in .*: wanted dtype F32, BF16 or F16, found I32"):
         load(tiny, tiny.plan())
     plan = tiny.plan()
     plan.head.name = "lm_head"

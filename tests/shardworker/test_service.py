@@ -19,7 +19,11 @@ from shardworker import holding, loader, service
 from shardworker.memory import Memory
 from shardworker.shard import Shard
 
-EMPTY, LOADING, LOADED = shardworker_pb2.WORKER_STATE_EMPTY, shardworker_pb2.WORKER_STATE_LOADING, shardworker_pb2.WORKER_STATE_LOADED
+EMPTY, LOADING, LOADED = (
+    shardworker_pb2.WORKER_STATE_EMPTY,
+    shardworker_pb2.WORKER_STATE_LOADING,
+    shardworker_pb2.WORKER_STATE_LOADED,
+)
 NAME = "shardmesh.v1.ShardWorker"
 
 
@@ -34,7 +38,7 @@ async def serving(client: Any, name: str) -> bool:
 
 async def until(condition: Any) -> None:
     async with asyncio.timeout(10):
-        while not await condition():
+        while not await condition():  # noqa: ASYNC110  # the worker is asked; it has no event to give
             await asyncio.sleep(0.005)
 
 
@@ -183,7 +187,9 @@ async def test_another_plan_replaces_and_old_sessions_are_told(client: Any, tiny
     assert fault.reason == "PLAN_MISMATCH"
 
 
-async def test_while_loading_everything_else_answers(client: Any, tiny: Any, monkeypatch: pytest.MonkeyPatch, make_batch: Any) -> None:
+async def test_while_loading_everything_else_answers(
+    client: Any, tiny: Any, monkeypatch: pytest.MonkeyPatch, make_batch: Any
+) -> None:
     await client.load()
     talk = client.talk()
     await talk.open()

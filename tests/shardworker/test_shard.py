@@ -19,12 +19,12 @@ F32 = tensor_pb2.DTYPE_F32
 def sequence_rows(position: int, rows: int, page_tokens: int, pages: list[int]) -> Any:
     held = -(-position // page_tokens)
     wanted = -(-(position + rows) // page_tokens)
-    return shardworker_pb2.SequenceRows(
-        sequence=1, position=position, num_rows=rows, pages=pages[held:wanted], prompt_tokens=1
-    )
+    return shardworker_pb2.SequenceRows(sequence=1, position=position, num_rows=rows, pages=pages[held:wanted], prompt_tokens=1)
 
 
-def run(tiny: Any, make_rounds: Any, tensor_of: Any, num_shards: int, chunks: list[int], pages: list[int]) -> list[torch.Tensor]:
+def run(
+    tiny: Any, make_rounds: Any, tensor_of: Any, *, num_shards: int, chunks: list[int], pages: list[int]
+) -> list[torch.Tensor]:
     """Attention outputs of both layers for random hidden rows, in the given chunks, summed over shards."""
     sessions = [Session(tiny.shard(tiny.plan(s, num_shards)), len(pages), 0) for s in range(num_shards)]
     rounds = make_rounds(mesh_digest([]))
@@ -54,18 +54,31 @@ def run(tiny: Any, make_rounds: Any, tensor_of: Any, num_shards: int, chunks: li
 
 @pytest.mark.parametrize("num_shards", [1, 2, 3, 4, 8])
 @pytest.mark.parametrize("norm", [plan_pb2.QK_NORM_NONE, plan_pb2.QK_NORM_HEAD, plan_pb2.QK_NORM_FULL])
-def test_attention_partials_sum_to_the_whole(make_tiny: Any, make_rounds: Any, tensor_of: Any, num_shards: int, norm: int) -> None:
-    run(make_tiny(qk_norm=norm), make_rounds, tensor_of, num_shards, [5, 1, 3, 1, 1], list(range(8)))
+def test_attention_partials_sum_to_the_whole(
+    make_tiny: Any, make_rounds: Any, tensor_of: Any, num_shards: int, norm: int
+) -> None:
+    run(make_tiny(qk_norm=norm), make_rounds, tensor_of, num_shards=num_shards, chunks=[5, 1, 3, 1, 1], pages=list(range(8)))
 
 
 @pytest.mark.parametrize("num_shards", [1, 2, 4])
-def test_attention_with_scattered_pages_equals_the_whole(make_tiny: Any, make_rounds: Any, tensor_of: Any, num_shards: int) -> None:
-    run(make_tiny(heads=9, rotary=16), make_rounds, tensor_of, num_shards, [6, 1, 4, 1], [7, 2, 5, 0, 1, 3, 4, 6])
+def test_attention_with_scattered_pages_equals_the_whole(
+    make_tiny: Any, make_rounds: Any, tensor_of: Any, num_shards: int
+) -> None:
+    run(
+        make_tiny(heads=9, rotary=16),
+        make_rounds,
+        tensor_of,
+        num_shards=num_shards,
+        chunks=[6, 1, 4, 1],
+        pages=[7, 2, 5, 0, 1, 3, 4, 6],
+    )
 
 
-@pytest.mark.parametrize("options", [{"clip": 0.3}, {"clip": 0.3, "qk_norm": plan_pb2.QK_NORM_FULL}, {"rotary": 0}, {"bias": False}])
+@pytest.mark.parametrize(
+    "options", [{"clip": 0.3}, {"clip": 0.3, "qk_norm": plan_pb2.QK_NORM_FULL}, {"rotary": 0}, {"bias": False}]
+)
 def test_attention_options_equal_the_whole(make_tiny: Any, make_rounds: Any, tensor_of: Any, options: dict[str, Any]) -> None:
-    run(make_tiny(**options), make_rounds, tensor_of, 2, [4, 1], [0, 1])
+    run(make_tiny(**options), make_rounds, tensor_of, num_shards=2, chunks=[4, 1], pages=[0, 1])
 
 
 def test_sequences_of_one_batch_do_not_see_each_other(tiny: Any, make_rounds: Any, make_batch: Any, tensor_of: Any) -> None:
@@ -85,7 +98,9 @@ def test_sequences_of_one_batch_do_not_see_each_other(tiny: Any, make_rounds: An
 @pytest.mark.parametrize("num_shards", [1, 2, 3, 4])
 @pytest.mark.parametrize("fused", [False, True])
 @pytest.mark.parametrize("rows", [1, 7])
-def test_feed_forward_partials_sum_to_the_whole(make_tiny: Any, tensor_of: Any, num_shards: int, fused: bool, rows: int) -> None:
+def test_feed_forward_partials_sum_to_the_whole(
+    make_tiny: Any, tensor_of: Any, num_shards: int, *, fused: bool, rows: int
+) -> None:
     tiny = make_tiny(fused=fused)
     x = torch.randn(rows, tiny.hidden)
     chosen = torch.stack([torch.randperm(tiny.experts)[:2] for _ in range(rows)]).int()

@@ -99,7 +99,8 @@ def test_too_little_memory_is_said_with_numbers() -> None:
     with pytest.raises(TopologyError) as error:
         place(mesh(int(17.9 * GIB), GIB), workers)
     assert str(error.value) == (
-        "worker 10.0.0.2:7000 has 14.2 GiB free, its slice (shard 0) needs 17.9 GiB, and no other has more: add workers or quantize"
+        "worker 10.0.0.2:7000 has 14.2 GiB free, its slice (shard 0) needs 17.9 GiB, and no other has more: "
+        "add workers or quantize"
     )
 
 

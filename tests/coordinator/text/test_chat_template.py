@@ -78,7 +78,8 @@ MISTRAL = """{%- if messages[0]["role"] == "system" %}
         {{- raise_exception("conversation roles must alternate user/assistant/user/assistant/...") }}
     {%- endif %}
     {%- if message["role"] == "user" %}
-        {%- if loop.last and system_message is defined %}{{- "[INST] " + system_message + "\n\n" + message["content"] + "[/INST]" }}
+        {%- if loop.last and system_message is defined %}
+            {{- "[INST] " + system_message + "\n\n" + message["content"] + "[/INST]" }}
         {%- else %}{{- "[INST] " + message["content"] + "[/INST]" }}{%- endif %}
     {%- else %}{% generation %}{{- " " + message["content"]|trim + eos_token}}{% endgeneration %}{%- endif %}
     {%- if loop.index > 40 %}{% break %}{% endif %}
@@ -186,8 +187,8 @@ def test_what_a_template_raises_is_the_requests_fault_and_says_why() -> None:
 
 
 def test_an_argument_overrules_a_special_token() -> None:
-    template = ChatTemplate("{{ bos_token }}{{ self_ }}", SPECIAL)
-    assert template.render([], **{"bos_token": "X", "self_": "Y"}) == "XY"
+    arguments = {"bos_token": "X", "self_": "Y"}
+    assert ChatTemplate("{{ bos_token }}{{ self_ }}", SPECIAL).render([], **arguments) == "XY"
 
 
 def test_an_argument_cannot_replace_the_chat() -> None:

@@ -49,7 +49,9 @@ def test_attention_over_uneven_groups_equals_the_formula(rows: int, length: int,
 
 
 def test_attention_equals_qwen3_moe() -> None:
-    config = Qwen3MoeConfig(hidden_size=64, num_attention_heads=4, num_key_value_heads=2, head_dim=32, attn_implementation="eager")
+    config = Qwen3MoeConfig(
+        hidden_size=64, num_attention_heads=4, num_key_value_heads=2, head_dim=32, attn_implementation="eager"
+    )
     oracle = Qwen3MoeAttention(config, 0).eval()
     for weight in oracle.parameters():
         torch.nn.init.normal_(weight, std=0.2)

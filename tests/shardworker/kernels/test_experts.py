@@ -36,7 +36,7 @@ def test_a_row_does_not_depend_on_where_the_others_go() -> None:
     first = experts(x, chosen, weights, gate_up, down)[0]
     other = chosen.clone()
     other[1:] = (other[1:] + 1) % 8
-    torch.testing.assert_close(experts(x, other, weights, gate_up, down)[0], first, rtol=1e-6, atol=1e-6)
+    torch.testing.assert_close(experts(x, other, weights, gate_up, down)[0], first, rtol=1e-5, atol=1e-5)
 
 
 def test_no_columns_give_zeros() -> None:

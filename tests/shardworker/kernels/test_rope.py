@@ -14,7 +14,11 @@ ROWS, HEADS, DIM = 40, 3, 16
 
 def embedding(rope: dict[str, Any], **options: Any) -> LlamaRotaryEmbedding:
     config = LlamaConfig(
-        hidden_size=HEADS * DIM, num_attention_heads=HEADS, head_dim=DIM, rope_parameters={"rope_theta": 10000.0, **rope}, **options
+        hidden_size=HEADS * DIM,
+        num_attention_heads=HEADS,
+        head_dim=DIM,
+        rope_parameters={"rope_theta": 10000.0, **rope},
+        **options,
     )
     return LlamaRotaryEmbedding(config)
 

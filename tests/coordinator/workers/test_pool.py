@@ -1,0 +1,263 @@
+"""Workers, real gRPC, that answer as they are told: who is asked what, and what each failure becomes."""
+
+import asyncio
+import contextlib
+from collections.abc import AsyncIterator, Callable
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import grpc
+import pytest
+
+from coordinator.planning.placement import Placement, WorkerReport
+from coordinator.workers.client import WorkerClient
+from coordinator.workers.pool import LoadEvent, WorkerPool, choose_assignment
+from protos import rpc
+from protos.errors import MeshError, ModelError, OutOfMemory, ProtocolMismatch, StaleEpoch, WorkerLost
+from protos.interceptors import ErrorInterceptor
+from protos.plan_pb2 import ShardPlan
+from protos.shardworker_pb2 import (
+    WORKER_STATE_EMPTY,
+    WORKER_STATE_LOADED,
+    DescribeResponse,
+    ExecuteRequest,
+    ExecuteResponse,
+    Fault,
+    Held,
+    Loaded,
+    LoadProgress,
+    LoadRequest,
+    LoadResponse,
+    Opened,
+    WorkerState,
+)
+from protos.shardworker_pb2_grpc import ShardWorkerServicer, add_ShardWorkerServicer_to_server
+
+DIGEST = b"p" * 32
+
+
+def plan_of(num_shards: int) -> Any:
+    return SimpleNamespace(
+        shards=tuple(ShardPlan(shard=shard, num_shards=num_shards) for shard in range(num_shards)),
+        shard_digests=tuple(bytes([shard]) * 32 for shard in range(num_shards)),
+        digest=DIGEST,
+        weight_bytes=(100,) * num_shards,
+        kv_bytes_per_token=(10,) * num_shards,
+    )
+
+
+def held(shard: int, assignment: int, *, digest: bytes = DIGEST, state: WorkerState = WORKER_STATE_LOADED) -> Held:
+    return Held(state=state, plan_digest=digest, shard=shard, assignment=assignment)
+
+
+def report(address: str, state: Held) -> WorkerReport:
+    return WorkerReport(address, DescribeResponse(held=state))
+
+
+@pytest.mark.parametrize(
+    ("states", "assignment"),
+    [
+        ([Held(), Held()], 1),
+        ([held(0, 4), held(1, 4)], 4),
+        ([held(0, 4), held(1, 3)], 4),
+        ([held(0, 4), Held(assignment=9)], 10),
+        ([held(1, 4), held(0, 4)], 5),
+        ([held(0, 4), held(1, 4, digest=b"x" * 32)], 5),
+        ([held(0, 4), held(1, 4, state=WORKER_STATE_EMPTY)], 5),
+        ([held(0, 4), held(1, 4), Held(assignment=7)], 7),
+        ([held(0, 4), held(0, 4), held(1, 8)], 9),
+    ],
+)
+def test_assignment_is_kept_by_a_complete_mesh_and_rises_otherwise(states: list[Held], assignment: int) -> None:
+    reports = [report(f"w{number}", state) for number, state in enumerate(states)]
+    placement = Placement(("w0", "w1"), tuple(one.address for one in reports[2:]))
+    assert choose_assignment(plan_of(2), placement, reports) == assignment
+
+
+class FakeWorker(ShardWorkerServicer):
+    """Loads anything, opens any session; `on_load` and `on_execute` may spoil it."""
+
+    def __init__(self) -> None:
+        self.description = DescribeResponse(protocol_version=rpc.PROTOCOL_VERSION, version="1", memory_free_bytes=10**9)
+        self.loads: list[LoadRequest] = []
+        self.executes: list[ExecuteRequest] = []
+        self.sessions_open = 0
+        self.session_ended = asyncio.Event()
+        self.load_cancelled = asyncio.Event()
+        self.on_load: Callable[[], Any] = lambda: None
+        self.on_execute: Callable[[ExecuteRequest, grpc.aio.ServicerContext], Any] = lambda *_: None
+
+    async def Describe(self, message: Any, context: Any) -> DescribeResponse:  # noqa: N802
+        del message, context
+        return self.description
+
+    async def Load(self, message: LoadRequest, context: Any) -> AsyncIterator[LoadResponse]:  # noqa: N802
+        del context
+        self.loads.append(message)
+        yield LoadResponse(progress=LoadProgress(loaded_bytes=50, total_bytes=100))
+        try:
+            if waiting := self.on_load():
+                await waiting
+        except asyncio.CancelledError:
+            self.load_cancelled.set()
+            raise
+        yield LoadResponse(loaded=Loaded(weights_bytes=100))
+
+    async def Execute(self, messages: AsyncIterator[ExecuteRequest], context: Any) -> AsyncIterator[ExecuteResponse]:  # noqa: N802
+        self.sessions_open += 1
+        try:
+            async for message in messages:
+                self.executes.append(message)
+                if waiting := self.on_execute(message, context):
+                    await waiting
+                shard = self.loads[-1].plan.shard
+                yield ExecuteResponse(round=message.round, epoch=message.epoch, shard=shard, opened=Opened())
+        finally:
+            self.sessions_open -= 1
+            self.session_ended.set()
+
+
+Cluster = Callable[[int], contextlib.AbstractAsyncContextManager[tuple[WorkerPool, list[FakeWorker]]]]
+
+
+@pytest.fixture
+def cluster(tmp_path: Path) -> Cluster:
+    @contextlib.asynccontextmanager
+    async def make(count: int) -> AsyncIterator[tuple[WorkerPool, list[FakeWorker]]]:
+        async with contextlib.AsyncExitStack() as stack:
+            workers = [FakeWorker() for _ in range(count)]
+            for number, worker in enumerate(workers):
+                server = grpc.aio.server(interceptors=[ErrorInterceptor()])
+                add_ShardWorkerServicer_to_server(worker, server)
+                server.add_insecure_port(f"unix:{tmp_path}/{number}")
+                await server.start()
+                stack.push_async_callback(server.stop, 0)
+            pool = WorkerPool([f"unix:{tmp_path}/{number}" for number in range(count)])
+            stack.push_async_callback(pool.close)
+            yield pool, workers
+
+    return make
+
+
+async def assemble(pool: WorkerPool, shards: int = 2, events: list[LoadEvent] | None = None) -> Any:
+    async with asyncio.timeout(20):
+        return await pool.assemble(plan_of(shards), Path("/model"), 12, (events if events is not None else []).append)
+
+
+async def test_mesh_is_loaded_and_opened_with_everything_that_it_needs(cluster: Cluster) -> None:
+    async with cluster(3) as (pool, workers):
+        events: list[LoadEvent] = []
+        fanout = await assemble(pool, 2, events)
+        assert fanout.addresses == tuple(pool.clients)[:2]
+        assert (fanout.epoch, fanout.plan_digest) == (1, DIGEST)
+        for shard, worker in enumerate(workers[:2]):
+            request = worker.loads[0]
+            assert (request.plan.shard, request.assignment, request.directory) == (shard, 1, "/model")
+            assert request.protocol_version == rpc.PROTOCOL_VERSION
+            assert list(request.shard_digests) == [b"\0" * 32, b"\1" * 32]
+            opened = worker.executes[0]
+            assert (opened.open.num_pages, opened.epoch, opened.round, opened.plan_digest) == (12, 1, 1, DIGEST)
+            address = fanout.addresses[shard]
+            assert [event for event in events if event.shard == shard] == [
+                LoadEvent(shard, address, 50, 100),
+                LoadEvent(shard, address, 100, 100),
+            ]
+        assert not workers[2].loads
+        assert len({worker.executes[0].open.coordinator for worker in workers[:2]}) == 1
+        fanout.close()
+        await asyncio.wait_for(workers[0].session_ended.wait(), 5)
+        assert (await assemble(pool)).epoch == 2
+
+
+async def test_worker_of_another_version_is_passed_over(cluster: Cluster) -> None:
+    async with cluster(3) as (pool, workers):
+        workers[0].description.protocol_version = rpc.PROTOCOL_VERSION + 1
+        fanout = await assemble(pool)
+        assert fanout.addresses == tuple(pool.clients)[1:]
+        survey = await pool.survey()
+        assert isinstance(survey.failures[next(iter(pool.clients))], ProtocolMismatch)
+        fanout.close()
+    async with cluster(2) as (pool, workers):
+        workers[1].description.protocol_version = rpc.PROTOCOL_VERSION + 1
+        with pytest.raises(ProtocolMismatch, match="run the same version on both"):
+            await assemble(pool)
+
+
+@pytest.mark.parametrize("error", [ModelError("files differ"), OutOfMemory("too big"), StaleEpoch("assignment 3 is lower")])
+async def test_refused_load_is_the_workers_error_and_the_other_load_is_cancelled(cluster: Cluster, error: MeshError) -> None:
+    async with cluster(2) as (pool, workers):
+        workers[0].on_load = lambda: asyncio.Event().wait()
+
+        async def refuse() -> None:
+            raise error
+
+        workers[1].on_load = refuse
+        with pytest.raises(type(error), match=f"worker {list(pool.clients)[1]}: {error}"):
+            await assemble(pool)
+        await asyncio.wait_for(workers[0].load_cancelled.wait(), 5)
+        assert not workers[0].executes
+
+
+async def test_load_without_progress_is_given_up(cluster: Cluster, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(rpc, "LOAD_SILENCE_S", 0.05)
+    async with cluster(1) as (pool, workers):
+        workers[0].on_load = lambda: asyncio.Event().wait()
+        with pytest.raises(WorkerLost, match="no progress of loading for 0.05 s"):
+            await assemble(pool, 1)
+        await asyncio.wait_for(workers[0].load_cancelled.wait(), 5)
+
+
+async def test_refused_open_closes_all_sessions(cluster: Cluster) -> None:
+    async with cluster(2) as (pool, workers):
+
+        async def refuse() -> None:
+            raise StaleEpoch("epoch 1 is over")
+
+        workers[1].on_execute = lambda *_: refuse()
+        with pytest.raises(StaleEpoch, match="epoch 1 is over"):
+            await assemble(pool)
+        await asyncio.wait_for(workers[0].session_ended.wait(), 5)
+        assert workers[0].sessions_open == 0
+
+
+@pytest.mark.parametrize("code", [grpc.StatusCode.CANCELLED, grpc.StatusCode.UNAVAILABLE, grpc.StatusCode.UNKNOWN])
+async def test_session_ended_by_the_worker_is_a_lost_worker_and_never_a_cancellation(cluster: Cluster, code: grpc.StatusCode) -> None:
+    async with cluster(1) as (pool, workers):
+        fanout = await assemble(pool, 1)
+        workers[0].on_execute = lambda _, context: context.abort(code, "going down")
+        with pytest.raises(WorkerLost, match="going down"):
+            await fanout.round(ExecuteRequest(step=1), "partial", 1)
+        # And again, on the broken stream.
+        with pytest.raises(WorkerLost):
+            await fanout.round(ExecuteRequest(step=1), "partial", 1)
+
+
+async def test_fault_of_a_real_stream_is_its_error(cluster: Cluster) -> None:
+    async with cluster(1) as (pool, workers):
+        fanout = await assemble(pool, 1)
+        session = fanout._sessions[0]
+        await session.write(ExecuteRequest(round=2, epoch=1).SerializeToString())
+        assert (await session.read()).round == 2
+        assert Fault() == Fault()
+        assert len(workers[0].executes) == 2
+        fanout.close()
+        with pytest.raises((WorkerLost, asyncio.CancelledError)):
+            await session.read()
+
+
+async def test_worker_that_does_not_listen_is_a_failure_with_its_name(tmp_path: Path) -> None:
+    pool = WorkerPool([f"unix:{tmp_path}/nobody"])
+    survey = await pool.survey(2.0, wait_for_ready=False)
+    assert survey.reports == ()
+    failure = survey.failures[f"unix:{tmp_path}/nobody"]
+    assert isinstance(failure, WorkerLost)
+    assert f"worker unix:{tmp_path}/nobody" in str(failure)
+    survey = await pool.survey(0.05, wait_for_ready=True)
+    assert isinstance(survey.failures[f"unix:{tmp_path}/nobody"], WorkerLost)
+    await pool.close()
+
+
+async def test_client_is_a_context(cluster: Cluster) -> None:
+    async with cluster(1) as (pool, _), WorkerClient(next(iter(pool.clients))) as client:
+        assert (await client.describe(5.0, wait_for_ready=True)).version == "1"
