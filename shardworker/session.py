@@ -17,11 +17,12 @@ from protos import shardworker_pb2 as pb
 from protos import tensor_pb2
 from protos.errors import InvalidArgument, MeshError, PlanMismatch, StepMismatch
 from protos.rpc import MAX_WORKER_REPLY_BYTES
-from protos.tensors import decode, encode
+from protos.tensors import encode
 from shardworker.kernels.attention import causal_mask
 from shardworker.kv import KvPool
+from shardworker.operands import any_rows, checked_tensor, hidden_rows, routing_of
 from shardworker.plan import length
-from shardworker.shard import Routing, Rows, Span
+from shardworker.shard import Rows, Span
 from shardworker.tables import PageTables, Table
 
 if TYPE_CHECKING:
@@ -124,7 +125,7 @@ class Session:
     def _project(self, shard: Shard, kv: KvPool, request: pb.ExecuteRequest) -> pb.ExecuteResponse:
         action = request.project
         step = self._expect(shard, request, Phase.PROJECT, action.layer)
-        hidden = _hidden(shard, action.hidden, _num_rows(request, step))
+        hidden = hidden_rows(shard, action.hidden, _num_rows(request, step))
         step = step or self._begin(shard, kv, request)
         step.qkv = shard.project(action.layer, hidden)
         step.dtype = action.hidden.dtype
@@ -138,9 +139,9 @@ class Session:
             raise InvalidArgument("attend brings `squares` after `project` (norms over all heads), and `hidden` otherwise")
         if step is not None and step.qkv is not None:
             qkv, dtype = step.qkv, step.dtype
-            squares = _tensor(action.squares, "squares", tensor_pb2.DTYPE_F32, (step.num_rows, 2)).to(shard.device)
+            squares = checked_tensor(action.squares, "squares", tensor_pb2.DTYPE_F32, (step.num_rows, 2)).to(shard.device)
         else:
-            hidden, dtype, squares = _hidden(shard, action.hidden, _num_rows(request, step)), action.hidden.dtype, None
+            hidden, dtype, squares = hidden_rows(shard, action.hidden, _num_rows(request, step)), action.hidden.dtype, None
             step = step or self._begin(shard, kv, request)
             qkv = shard.project(action.layer, hidden)
         partial = shard.attend(action.layer, qkv, squares, step.rows, kv)
@@ -224,65 +225,16 @@ def _num_rows(request: pb.ExecuteRequest, step: Step | None) -> int:
     return step.num_rows if step is not None else sum(rows.num_rows for rows in request.batch.sequences)
 
 
-def _hidden(shard: Shard, message: tensor_pb2.Tensor, num_rows: int) -> torch.Tensor:
-    """[rows, hidden] on the device in the dtype of the arithmetic."""
-    if message.dtype == tensor_pb2.DTYPE_I32:
-        raise InvalidArgument("hidden: wanted a float dtype, found I32")
-    return _tensor(message, "hidden", None, (num_rows, shard.hidden)).to(shard.device, shard.dtype)
-
-
-def _any_rows(shard: Shard, message: tensor_pb2.Tensor) -> torch.Tensor:
-    num_rows = message.shape[0] if message.shape else 0
-    if num_rows == 0:
-        raise InvalidArgument("hidden: wanted at least one row")
-    return _hidden(shard, message, num_rows)
-
-
-def _tensor(message: tensor_pb2.Tensor, name: str, dtype: tensor_pb2.DType | None, shape: tuple[int, ...]) -> torch.Tensor:
-    if len(message.shape) != len(shape) or tuple(message.shape) != shape or (dtype is not None and message.dtype != dtype):
-        wanted = f"{list(shape)}" if dtype is None else f"{tensor_pb2.DType.Name(dtype)} {list(shape)}"
-        raise InvalidArgument(f"{name}: wanted {wanted}, found dtype {message.dtype} {message.shape[:8]}")
-    return decode(message)
-
-
 def _feed_forward(shard: Shard, action: pb.FeedForward) -> pb.ExecuteResponse:
     if action.layer >= shard.num_layers:
         raise InvalidArgument(f"feed_forward: layer {action.layer} of {shard.num_layers}")
-    hidden = _any_rows(shard, action.hidden)
-    partial = shard.feed_forward(action.layer, hidden, _routing(shard, action, hidden.shape[0]))
+    hidden = any_rows(shard, action.hidden)
+    partial = shard.feed_forward(action.layer, hidden, routing_of(shard, action, hidden.shape[0]))
     return pb.ExecuteResponse(partial=encode(partial, action.hidden.dtype))
 
 
-def _routing(shard: Shard, action: pb.FeedForward, num_rows: int) -> Routing | None:
-    """Check where the rows go; none in dense layers."""
-    num_experts = shard.num_experts(action.layer)
-    fields = (action.HasField("experts"), action.HasField("expert_weights"))
-    if fields != ((True, True) if num_experts else (False, False)):
-        raise InvalidArgument(f"layer {action.layer}: `experts` and `expert_weights` come in MoE layers and only there")
-    if action.HasField("shared_weights") and not shard.has_shared_expert(action.layer):
-        raise InvalidArgument(f"layer {action.layer} has no shared expert to weigh")
-    if not num_experts:
-        return None
-    k = action.experts.shape[-1] if action.experts.shape else 0
-    chosen = _tensor(action.experts, "experts", tensor_pb2.DTYPE_I32, (num_rows, k))
-    weights = _tensor(action.expert_weights, "expert_weights", tensor_pb2.DTYPE_F32, (num_rows, k))
-    _check_chosen(chosen, num_experts)
-    shared = None
-    if action.HasField("shared_weights"):
-        shared = _tensor(action.shared_weights, "shared_weights", tensor_pb2.DTYPE_F32, (num_rows,))
-    return Routing(chosen, weights, shared)
-
-
-def _check_chosen(chosen: torch.Tensor, num_experts: int) -> None:
-    if chosen.shape[1] == 0:
-        raise InvalidArgument("experts: wanted at least one for each row")
-    for row in chosen.tolist():
-        if len(set(row)) != len(row) or min(row) < 0 or max(row) >= num_experts:
-            raise InvalidArgument(f"experts: wanted distinct ids below {num_experts}, found {row}")
-
-
 def _head(shard: Shard, action: pb.Head) -> pb.ExecuteResponse:
-    hidden = _any_rows(shard, action.hidden)
+    hidden = any_rows(shard, action.hidden)
     rows = hidden.shape[0]
     f32 = tensor_pb2.DTYPE_F32
     if action.logits:

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from safetensors.torch import load_file, save_file
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import (
     AutoModelForCausalLM,
     Glm4MoeConfig,
@@ -237,3 +238,14 @@ def _randomize(model: PreTrainedModel, seed: int) -> None:
                 tensor.copy_(0.3 * torch.randn(tensor.shape, generator=generator))
             elif "inv_freq" not in name:
                 tensor.copy_(DEVIATION * torch.randn(tensor.shape, generator=generator))
+
+
+def add_tokenizer(directory: Path) -> None:
+    """Give a tiny model a byte-level tokenizer in which every id is text: 256 bytes and pairs of letters."""
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    pairs = [(first, second) for first in "abcdefghijklmnop" for second in "abcdefghijklmnop"]
+    vocabulary = {token: number for number, token in enumerate([*alphabet, *(first + second for first, second in pairs)])}
+    tokenizer = Tokenizer(models.BPE(vocab=vocabulary, merges=pairs))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    tokenizer.save(str(directory / "tokenizer.json"))

@@ -248,7 +248,8 @@ class _Cursor:
         kind = _TENSOR_KINDS.get(number)
         if kind is None:
             raise ModelError(f"GGUF: tensor {_short(name)} is of type {number}, which is not known: update the package gguf")
-        if 0 in shape or shape[-1] % (block := GGML_QUANT_SIZES[kind][0]):
+        block, _ = GGML_QUANT_SIZES[kind]
+        if 0 in shape or shape[-1] % block:
             raise ModelError(
                 f"GGUF: tensor {_short(name)} of type {kind.name} cannot have shape {list(shape)} (blocks of {block})"
             )

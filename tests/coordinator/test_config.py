@@ -9,7 +9,9 @@ from protos.errors import InvalidArgument
 
 
 def settings(**changes: Any) -> ServeSettings:
-    return ServeSettings(**{"model": ModelSettings("m"), "listen": "unix:/run/c", "workers": ("unix:/run/a", "unix:/run/b"), **changes})
+    return ServeSettings(
+        **{"model": ModelSettings("m"), "listen": "unix:/run/c", "workers": ("unix:/run/a", "unix:/run/b"), **changes}
+    )
 
 
 @pytest.mark.parametrize(

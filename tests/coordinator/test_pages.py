@@ -9,7 +9,7 @@ from coordinator.pages import PagePool
 
 @pytest.mark.parametrize("seed", range(5))
 def test_pool_random_takes_and_returns_never_share_a_page(seed: int) -> None:
-    chooser = random.Random(seed)
+    chooser = random.Random(seed)  # noqa: S311
     pool = PagePool(23, 4)
     held: list[list[int]] = []
     for _ in range(2000):

@@ -69,7 +69,7 @@ def margin(logits: torch.Tensor, sampling: Sampling, uniform: float) -> float:
     num_shards=st.integers(1, 5),
     num_top=st.sampled_from([None, 0, 1, 20]),
 )
-def test_candidates_decide_as_all_logits_do(
+def test_candidates_decide_as_all_logits_do(  # noqa: PLR0917  # hypothesis passes names
     sampling: Sampling, seed: int, vocabulary: int, ties: int, spread: float, num_shards: int, num_top: int | None
 ) -> None:
     logits = random_logits(seed, vocabulary, ties, spread)

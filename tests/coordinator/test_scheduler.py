@@ -137,7 +137,7 @@ LIMITS = st.builds(
 @settings(max_examples=150, deadline=None)
 @given(limits=LIMITS, seed=st.integers(0, 2**32 - 1), arrivals=st.integers(1, 25))
 def test_random_life_keeps_all_promises(limits: Limits, seed: int, arrivals: int) -> None:
-    chooser = random.Random(seed)
+    chooser = random.Random(seed)  # noqa: S311
     simulation = Simulation(limits)
     everybody: list[Sequence] = []
     for number in range(1, arrivals + 1):
@@ -172,7 +172,7 @@ def test_random_life_keeps_all_promises(limits: Limits, seed: int, arrivals: int
 @settings(max_examples=60, deadline=None)
 @given(pages=st.integers(3, 8), rows=st.integers(1, 16), count=st.integers(2, 8), seed=st.integers(0, 1000))
 def test_preempted_sequences_say_what_they_say_alone(pages: int, rows: int, count: int, seed: int) -> None:
-    chooser = random.Random(seed)
+    chooser = random.Random(seed)  # noqa: S311
     limits = Limits(num_pages=pages, page_tokens=4, max_rows=rows, max_running=8, max_waiting=100)
     crowd = Simulation(limits)
     shapes = [(chooser.randint(1, 8), chooser.randint(1, 4)) for _ in range(count)]

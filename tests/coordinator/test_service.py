@@ -222,7 +222,7 @@ async def test_beginning_of_a_stop_text_is_shown_after_all_at_the_end(scene: Sce
 
 async def test_stop_text_completed_by_the_last_flush_is_a_stop(scene: Scene) -> None:
     # Half a character at the end becomes U+FFFD only when nothing follows.
-    scene.script.text = "ab".encode() + b"\xc3"
+    scene.script.text = b"ab\xc3"
     responses = await scene.all(GenerateRequest(text="hi", stop=["\ufffd"], max_tokens=3))
     assert text_of(responses) == "ab"
     assert responses[-1].finished.reason == FINISH_REASON_STOP
@@ -348,7 +348,18 @@ async def test_deadline_ends_the_call_and_drops_its_sequence(scene: Scene) -> No
     await scene.wait_idle()
 
 
-async def test_stop_text_stops_the_work_before_the_caller_reads_the_end(scene: Scene) -> None:
+async def test_stop_text_stops_the_work_though_the_caller_is_slow(scene: Scene) -> None:
+    scene.script.text = b"ab" + b"x" * 80
+    service: Any = GenerationService(model_of(FakeTokenizer()), scene.engine, SimpleNamespace())
+    async with contextlib.aclosing(service.Generate(GenerateRequest(text="hi", stop=["b"]), None)) as responses:
+        async for response in responses:
+            if response.WhichOneof("event") == "finished":
+                break
+        # The caller has the end in hand and the call is not over, but nothing works for it any more.
+        assert not scene.engine.scheduler.has_work
+
+
+async def test_stop_text_needs_no_further_step(scene: Scene) -> None:
     scene.script.text = b"ab" + b"x" * 80
     scene.script.steps_left = asyncio.Semaphore(2)
     responses = await scene.all(GenerateRequest(text="hi", stop=["b"]))
@@ -407,5 +418,5 @@ def test_completion_text_never_shows_half_a_character() -> None:
 
 def test_completion_text_shows_the_rest_at_the_end() -> None:
     text = CompletionText(model_of(FakeTokenizer()), ["bcd"])
-    assert [text.push(byte, is_text=True) for byte in "abc".encode() + b"\xe2"] == ["a", "", "", ""]
+    assert [text.push(byte, is_text=True) for byte in b"abc\xe2"] == ["a", "", "", ""]
     assert (text.flush(), text.stopped) == ("bc\ufffd", False)

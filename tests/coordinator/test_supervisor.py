@@ -61,6 +61,7 @@ class Scene:
         self.meshes = meshes
         self.serving: list[bool] = []
         self.exhausted = asyncio.Event()
+        self.whole = asyncio.Event()
         self.supervisor = Supervisor(
             engine=self.engine,
             spec=None,  # type: ignore[arg-type]
@@ -82,8 +83,10 @@ class Scene:
             raise mesh
         return mesh
 
-    async def _note(self, serving: bool) -> None:  # noqa: FBT001  # as the supervisor calls it
+    async def _note(self, serving: bool) -> None:
         self.serving.append(serving)
+        if serving:
+            self.whole.set()
 
 
 @pytest.fixture(autouse=True)
@@ -136,9 +139,10 @@ async def test_mesh_that_comes_back_after_giving_up_serves_again() -> None:
         with pytest.raises(NotServing, match="no full mesh: worker died in epoch 1"):
             await collect(completion)
         await asyncio.wait_for(scene.exhausted.wait(), 5)
+        scene.whole.clear()
         scene.meshes.append(FakeMesh(2, 1e9))
-        while scene.engine.refusal:
-            await asyncio.sleep(0)
+        await asyncio.wait_for(scene.whole.wait(), 5)
+        assert scene.engine.refusal is None
         assert await collect(scene.engine.submit(Request("r", (1,), 3))) == [1, 2, 3]
 
 

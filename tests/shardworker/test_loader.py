@@ -227,7 +227,7 @@ print(rss("VmHWM") - before, size)
 """
 
 
-@pytest.mark.parametrize("quantization", [plan_pb2.QUANTIZATION_NONE, plan_pb2.QUANTIZATION_INT8, plan_pb2.QUANTIZATION_INT4])
+@pytest.mark.parametrize("quantization", [plan_pb2.QUANTIZATION_NONE, plan_pb2.QUANTIZATION_INT4])
 def test_peak_memory_is_the_slice_and_the_staging(make_tiny: Any, quantization: int) -> None:
     tiny = make_tiny(
         hidden=1024, dense=8192, columns=1024, experts=4, file_dtype=torch.bfloat16,

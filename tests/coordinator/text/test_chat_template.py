@@ -7,6 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from transformers.utils.chat_template_utils import render_jinja_template
 
+from coordinator.text import limits
 from coordinator.text.chat_template import ChatTemplate
 from protos.errors import InvalidArgument, ModelError
 
@@ -304,11 +305,12 @@ BOMBS = [
 
 
 @pytest.mark.parametrize("source", BOMBS)
-def test_a_template_cannot_use_up_the_machine(source: str) -> None:
+def test_a_template_cannot_use_up_the_machine(source: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(limits, "MAX_SECONDS", 1.0)
     begin = time.monotonic()
     with pytest.raises(InvalidArgument, match="chat template"):
         ChatTemplate(source, {}).render([{"role": "user", "content": "x" * 1000}])
-    assert time.monotonic() - begin < 12
+    assert time.monotonic() - begin < 5
 
 
 def test_work_is_booked_for_each_rendering_anew() -> None:
