@@ -100,7 +100,7 @@ class Coordinator:
     async def _start(self) -> None:
         settings = self.settings
         self.address = await bind(self._server, settings.listen)
-        survey = await self._pool.survey()
+        survey = await self._pool.survey(wait_for_ready=True)
         num_shards = settings.shards or default_shards(len(survey.reports) or 1, self.model.spec)
         plan = await asyncio.to_thread(self.model.plan, num_shards, PAGE_TOKENS)
         engine = Engine(self._limits(plan, survey), self.model.spec.vocabulary, self.model.spec.context)

@@ -69,3 +69,5 @@ class ServeSettings:
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise InvalidArgument(f"{name} must be >= 1, found {value}")
+        if self.max_running > self.max_rows:
+            raise InvalidArgument(f"max_running is {self.max_running}: a step of max_rows {self.max_rows} has no row for each")

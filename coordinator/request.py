@@ -20,7 +20,6 @@ class FinishReason(enum.Enum):
 
     STOP = enum.auto()
     LENGTH = enum.auto()
-    CANCELLED = enum.auto()
 
 
 @dataclass(frozen=True, slots=True)

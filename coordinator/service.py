@@ -35,7 +35,6 @@ MAX_STOP_TEXTS = 16
 _REASONS = {
     FinishReason.STOP: generation_pb2.FINISH_REASON_STOP,
     FinishReason.LENGTH: generation_pb2.FINISH_REASON_LENGTH,
-    FinishReason.CANCELLED: generation_pb2.FINISH_REASON_CANCELLED,
 }
 
 

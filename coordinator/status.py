@@ -14,8 +14,6 @@ if TYPE_CHECKING:
     from coordinator.planning.plan import MeshPlan
     from coordinator.workers.pool import WorkerPool
 
-SURVEY_DEADLINE_S = 2.0
-
 
 @dataclass(slots=True)
 class MeshStatus:
@@ -29,7 +27,7 @@ class MeshStatus:
 
     async def report(self) -> generation_pb2.GetMeshResponse:
         """Ask all workers and add up."""
-        survey = await self.pool.survey(SURVEY_DEADLINE_S, wait_for_ready=False)
+        survey = await self.pool.survey(wait_for_ready=False)
         workers = {address: generation_pb2.MeshWorker(address=address) for address in self.pool.clients}
         for report in survey.reports:
             workers[report.address].CopyFrom(self._worker(report))

@@ -6,5 +6,7 @@ table, channel settings, log keys), and nothing else does.
 
 import os
 
-# gRPC's C core writes a line to standard error for every connection that ends, unless told otherwise before it is imported.
+# Two libraries read their environment once, when they are imported, and have defaults that suit no mesh: gRPC's C core writes
+# a line to standard error for every connection that ends, and OpenMP's idle threads spin on a core that somebody else needs.
 os.environ.setdefault("GRPC_VERBOSITY", "ERROR")
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")

@@ -61,17 +61,13 @@ def _add_port(server: grpc.aio.Server, address: str) -> int:
 
 async def _clear(path: Path) -> None:
     """Remove a stale socket; gRPC itself would steal a living one without a word."""
-    if not path.parent.is_dir():
-        raise InvalidArgument(f"cannot listen on unix:{path}: there is no folder {path.parent}")
+    if not _is_there(path):
+        return
     try:
-        if not stat.S_ISSOCK(path.lstat().st_mode):
-            raise InvalidArgument(f"cannot listen on unix:{path}: a file that is no socket is there")
         async with asyncio.timeout(_CONNECT_DEADLINE_S):
             _, writer = await asyncio.open_unix_connection(path)
-    except FileNotFoundError:
-        return
-    except ConnectionRefusedError:
-        path.unlink()
+    except (FileNotFoundError, ConnectionRefusedError):
+        unbind(f"unix:{path}")
         return
     except (OSError, TimeoutError) as error:
         raise InvalidArgument(f"cannot listen on unix:{path}: {error or 'it does not answer'}") from None
@@ -79,3 +75,18 @@ async def _clear(path: Path) -> None:
     with contextlib.suppress(OSError):
         await writer.wait_closed()
     raise InvalidArgument(f"cannot listen on unix:{path}: the address is in use")
+
+
+def _is_there(path: Path) -> bool:
+    """Whether there is a socket already; anything else is refused."""
+    if not path.parent.is_dir():
+        raise InvalidArgument(f"cannot listen on unix:{path}: there is no folder {path.parent}")
+    try:
+        is_socket = stat.S_ISSOCK(path.lstat().st_mode)
+    except FileNotFoundError:
+        return False
+    except OSError as error:
+        raise InvalidArgument(f"cannot listen on unix:{path}: {error.strerror}") from None
+    if not is_socket:
+        raise InvalidArgument(f"cannot listen on unix:{path}: a file that is no socket is there")
+    return True

@@ -21,7 +21,7 @@ MAX_CALLER_BYTES = 4 * 1024 * 1024
 MAX_CONCURRENT_STREAMS = 1024
 """Calls that one connection may have open at once."""
 
-DESCRIBE_DEADLINE_S = 10.0
+DESCRIBE_DEADLINE_S = 5.0
 LOAD_SILENCE_S = 60.0
 """Longest that a loading worker may send no progress."""
 
@@ -46,6 +46,10 @@ def channel_options(*, max_send_bytes: int, max_receive_bytes: int) -> list[tupl
         ("grpc.max_receive_message_length", max_receive_bytes),
         # Each channel is one peer: a shared connection pool would let one coordinator's sessions end with another's.
         ("grpc.use_local_subchannel_pool", 1),
+        # A peer that comes back is found at once, not after gRPC's two minutes.
+        ("grpc.initial_reconnect_backoff_ms", 100),
+        ("grpc.min_reconnect_backoff_ms", 1000),
+        ("grpc.max_reconnect_backoff_ms", 1000),
         *_KEEPALIVE,
     ]
 

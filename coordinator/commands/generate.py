@@ -31,7 +31,6 @@ UINT32 = click.IntRange(0, MAX_UINT32)
 _FINISH_REASONS = {
     generation_pb2.FINISH_REASON_STOP: "stop",
     generation_pb2.FINISH_REASON_LENGTH: "length",
-    generation_pb2.FINISH_REASON_CANCELLED: "cancelled",
 }
 
 _EMBEDDED_ONLY = ("shards", "threads", "device", "dtype", "quantize", "load_format", "wire", "kv_tokens")
@@ -121,6 +120,8 @@ class Output:
             self._print_json(_FINISH_REASONS[finished.reason], finished.usage.completion_tokens, seconds)
             return
         click.echo()
+        if self.token_ids and not any(self.text):
+            click.echo("coordctl: these tokens have no text; --json shows their ids", err=True)
         steps, decode_s = len(self.token_ids) - 1, finished.timings.decode_ns / 1e9
         if sys.stderr.isatty() and steps > 0 and decode_s > 0:
             click.echo(click.style(f"[{len(self.token_ids)} tokens, {steps / decode_s:.1f} tokens/s]", dim=True), err=True)

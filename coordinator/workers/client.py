@@ -32,11 +32,10 @@ class WorkerClient:
         self._channel = grpc.aio.insecure_channel(address, options=_OPTIONS)
         self._stub = shardworker_pb2_grpc.ShardWorkerStub(self._channel)
 
-    async def describe(self, deadline_s: float, *, wait_for_ready: bool) -> DescribeResponse:
+    async def describe(self, *, wait_for_ready: bool) -> DescribeResponse:
         """Ask what the worker is and holds.
 
         Args:
-            deadline_s: seconds.
             wait_for_ready: whether a worker that does not listen yet is waited for until the deadline.
 
         Raises:
@@ -45,7 +44,7 @@ class WorkerClient:
         """
         try:
             description: DescribeResponse = await self._stub.Describe(
-                DescribeRequest(), timeout=deadline_s, wait_for_ready=wait_for_ready
+                DescribeRequest(), timeout=rpc.DESCRIBE_DEADLINE_S, wait_for_ready=wait_for_ready
             )
         except grpc.aio.AioRpcError as error:
             raise self._error(error) from error

@@ -64,10 +64,10 @@ class WorkerPool:
         self._identity = os.urandom(16)
         self._epoch = 0
 
-    async def survey(self, deadline_s: float = rpc.DESCRIBE_DEADLINE_S, *, wait_for_ready: bool = True) -> Survey:
+    async def survey(self, *, wait_for_ready: bool) -> Survey:
         """Ask all workers what they are and hold."""
         answers = await asyncio.gather(
-            *(client.describe(deadline_s, wait_for_ready=wait_for_ready) for client in self.clients.values()),
+            *(client.describe(wait_for_ready=wait_for_ready) for client in self.clients.values()),
             return_exceptions=True,
         )
         reports: list[WorkerReport] = []
@@ -105,7 +105,9 @@ class WorkerPool:
             MeshError: too few workers, or one of those needed refuses or dies.
 
         """
-        survey = await self.survey()
+        survey = await self.survey(wait_for_ready=False)
+        if len(survey.reports) < len(plan.shards):
+            survey = await self.survey(wait_for_ready=True)
         for address, failure in survey.failures.items():
             log.warning("worker cannot be used", worker=address, error=str(failure))
         if len(survey.reports) < len(plan.shards) and survey.failures:

@@ -7,7 +7,7 @@ from coordinator.engine import Engine
 from coordinator.planning.placement import WorkerReport
 from coordinator.request import Request
 from coordinator.scheduler import Limits
-from coordinator.status import SURVEY_DEADLINE_S, MeshStatus
+from coordinator.status import MeshStatus
 from coordinator.workers.pool import Survey
 from protos.errors import WorkerLost
 from protos.shardworker_pb2 import WORKER_STATE_LOADED, DescribeResponse, Held
@@ -24,9 +24,9 @@ class FakePool:
     def __init__(self) -> None:
         self.clients = {"a:1": None, "b:1": None, "c:1": None}
 
-    async def survey(self, deadline_s: float, *, wait_for_ready: bool) -> Survey:
+    async def survey(self, *, wait_for_ready: bool) -> Survey:
         # A person waits for the answer: nobody is waited for.
-        assert (deadline_s, wait_for_ready) == (SURVEY_DEADLINE_S, False)
+        assert not wait_for_ready
         reports = (WorkerReport("c:1", described(0)), WorkerReport("a:1", described(1)))
         return Survey(reports, {"b:1": WorkerLost("worker b:1: connection refused")})
 

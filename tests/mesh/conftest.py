@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 from collections.abc import AsyncIterator, Callable
 from contextlib import AbstractAsyncContextManager, AsyncExitStack, asynccontextmanager
 from dataclasses import dataclass
@@ -25,7 +24,13 @@ class Mesh:
     workers: list[RunningWorker]
     client: GenerationClient
 
-    async def generate(self, prompt: list[int], max_tokens: int = 48, **fields: Any) -> "Completed":
+    @classmethod
+    @asynccontextmanager
+    async def connect(cls, coordinator: Coordinator, workers: list[RunningWorker]) -> AsyncIterator[Mesh]:
+        async with GenerationClient(coordinator.address) as client:
+            yield cls(coordinator, workers, client)
+
+    async def generate(self, prompt: list[int], max_tokens: int = 48, **fields: Any) -> Completed:
         """Complete one prompt of token ids; extra keywords are fields of the request or of its sampling."""
         sampling = fields.pop("sampling", {})
         request = generation_pb2.GenerateRequest(
@@ -69,7 +74,14 @@ def mesh(tmp_path: Path) -> MeshMaker:
 
     @asynccontextmanager
     async def make(
-        directory: Path, shards: int, *, spares: int = 0, dtype: str = "f32", wire: str = "f32", quantization: str = "none", **settings: Any
+        directory: Path,
+        shards: int,
+        *,
+        spares: int = 0,
+        dtype: str = "f32",
+        wire: str = "f32",
+        quantization: str = "none",
+        **settings: Any,
     ) -> AsyncIterator[Mesh]:
         async with AsyncExitStack() as stack:
             sockets = tmp_path / f"mesh-{len(list(tmp_path.iterdir()))}"
@@ -89,8 +101,7 @@ def mesh(tmp_path: Path) -> MeshMaker:
                 lambda _: None,
             )
             stack.push_async_callback(coordinator.stop, 0)
-            client = await stack.enter_async_context(GenerationClient(coordinator.address))
-            yield Mesh(coordinator, workers, client)
+            yield await stack.enter_async_context(Mesh.connect(coordinator, workers))
 
     return make
 
@@ -99,5 +110,3 @@ def mesh(tmp_path: Path) -> MeshMaker:
 def _one_thread() -> None:
     """Workers of one process share its cores."""
     torch.set_num_threads(1)
-
-

@@ -26,7 +26,9 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.mark.parametrize("sampling", [GREEDY, SEEDED], ids=["greedy", "seeded"])
-async def test_sixteen_at_once_get_the_tokens_each_gets_alone(mesh: MeshMaker, checkpoint: Path, sampling: dict[str, float]) -> None:
+async def test_sixteen_at_once_get_the_tokens_each_gets_alone(
+    mesh: MeshMaker, checkpoint: Path, sampling: dict[str, float]
+) -> None:
     async with mesh(checkpoint, 2) as running:
         alone = [(await running.generate(prompt, 24, sampling=sampling)).tokens for prompt in PROMPTS]
         together = await asyncio.gather(*(running.generate(prompt, 24, sampling=sampling) for prompt in PROMPTS))
@@ -38,7 +40,7 @@ async def test_chunks_and_preemption_change_no_token(mesh: MeshMaker, checkpoint
     async with mesh(checkpoint, 2) as running:
         expected = await asyncio.gather(*(running.generate(prompt, 60) for prompt in PROMPTS[:8]))
     # 10 pages of 16 tokens hold two or three of the sequences, 7 rows cut every prompt to pieces.
-    async with mesh(checkpoint, 2, max_rows=7, kv_tokens=160) as running:
+    async with mesh(checkpoint, 2, max_rows=7, max_running=7, kv_tokens=160) as running:
         squeezed = await asyncio.gather(*(running.generate(prompt, 60) for prompt in PROMPTS[:8]))
         load = (await running.client.mesh()).load
     assert [one.tokens for one in squeezed] == [one.tokens for one in expected]
@@ -86,9 +88,8 @@ async def test_cancelling_stops_the_work_within_a_step(mesh: MeshMaker, checkpoi
 
 async def test_a_deadline_ends_the_call_and_the_work(mesh: MeshMaker, checkpoint: Path) -> None:
     async with mesh(checkpoint, 1) as running:
-        call = running.client._stub.Generate(
-            generation_pb2.GenerateRequest(token_ids=generation_pb2.TokenIds(ids=[5]), max_tokens=400, ignore_eos=True), timeout=0.2
-        )
+        request = generation_pb2.GenerateRequest(token_ids=generation_pb2.TokenIds(ids=[5]), max_tokens=400, ignore_eos=True)
+        call = running.client._stub.Generate(request, timeout=0.2)
         with pytest.raises(grpc.aio.AioRpcError) as failure:
             async for _ in call:
                 pass

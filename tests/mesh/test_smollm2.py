@@ -99,5 +99,6 @@ def _upcycle(directory: Path) -> None:
             expert_name = {"gate_proj.weight": "w1", "up_proj.weight": "w3", "down_proj.weight": "w2"}[rest]
             for expert in range(NUM_EXPERTS):
                 tensors[f"{prefix}.block_sparse_moe.experts.{expert}.{expert_name}.weight"] = source.get_tensor(name).clone()
-            tensors[f"{prefix}.block_sparse_moe.gate.weight"] = torch.randn(NUM_EXPERTS, config["hidden_size"], generator=generator)
+            router = torch.randn(NUM_EXPERTS, config["hidden_size"], generator=generator)
+            tensors[f"{prefix}.block_sparse_moe.gate.weight"] = router
     save_file(tensors, directory / "model.safetensors")

@@ -17,7 +17,7 @@ from protos.fingerprint import file_fingerprint
 from protos.rpc import MAX_WORKER_REPLY_BYTES, MAX_WORKER_REQUEST_BYTES, PROTOCOL_VERSION, channel_options
 from protos.shardworker_pb2_grpc import ShardWorkerStub
 from protos.tensors import decode, encode
-from shardworker.app import start_worker
+from shardworker.app import RunningWorker, start_worker
 from shardworker.executor import Executor
 from shardworker.loader import load_weights
 from shardworker.shard import Shard
@@ -331,9 +331,10 @@ class Talk:
 class Client:
     """A channel to one worker."""
 
-    def __init__(self, channel: grpc.aio.Channel, tiny: Tiny, address: str = "") -> None:
+    def __init__(self, channel: grpc.aio.Channel, tiny: Tiny, worker: RunningWorker) -> None:
         self.channel = channel
-        self.address = address
+        self.worker = worker
+        self.holding = worker._holding
         self.stub = ShardWorkerStub(channel)
         self.tiny = tiny
 
@@ -387,7 +388,7 @@ async def client(tmp_path: Path, tiny: Tiny) -> AsyncIterator[Client]:
     worker = await start_worker(f"unix:{tmp_path}/w.sock", device="cpu", threads=1)
     options = channel_options(max_send_bytes=MAX_WORKER_REQUEST_BYTES, max_receive_bytes=MAX_WORKER_REPLY_BYTES)
     async with grpc.aio.insecure_channel(worker.address, options=options) as channel:
-        yield Client(channel, tiny, worker.address)
+        yield Client(channel, tiny, worker)
     await worker.stop(0)
 
 

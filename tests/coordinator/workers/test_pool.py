@@ -174,7 +174,7 @@ async def test_worker_of_another_version_is_passed_over(cluster: Cluster) -> Non
         workers[0].description.protocol_version = rpc.PROTOCOL_VERSION + 1
         fanout = await assemble(pool)
         assert fanout.addresses == tuple(pool.clients)[1:]
-        survey = await pool.survey()
+        survey = await pool.survey(wait_for_ready=True)
         assert isinstance(survey.failures[next(iter(pool.clients))], ProtocolMismatch)
         fanout.close()
     async with cluster(2) as (pool, workers):
@@ -244,18 +244,19 @@ async def test_closed_session_answers_no_more(cluster: Cluster) -> None:
         assert len(workers[0].executes) == 1
 
 
-async def test_worker_that_does_not_listen_is_a_failure_with_its_name(tmp_path: Path) -> None:
+async def test_worker_that_does_not_listen_is_a_failure_with_its_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     pool = WorkerPool([f"unix:{tmp_path}/nobody"])
-    survey = await pool.survey(2.0, wait_for_ready=False)
+    survey = await pool.survey(wait_for_ready=False)
     assert survey.reports == ()
     failure = survey.failures[f"unix:{tmp_path}/nobody"]
     assert isinstance(failure, WorkerLost)
     assert f"worker unix:{tmp_path}/nobody" in str(failure)
-    survey = await pool.survey(0.05, wait_for_ready=True)
+    monkeypatch.setattr(rpc, "DESCRIBE_DEADLINE_S", 0.05)
+    survey = await pool.survey(wait_for_ready=True)
     assert isinstance(survey.failures[f"unix:{tmp_path}/nobody"], WorkerLost)
     await pool.close()
 
 
 async def test_client_is_a_context(cluster: Cluster) -> None:
     async with cluster(1) as (pool, _), WorkerClient(next(iter(pool.clients))) as client:
-        assert (await client.describe(5.0, wait_for_ready=True)).version == "1"
+        assert (await client.describe(wait_for_ready=True)).version == "1"

@@ -1,0 +1,231 @@
+"""Workers that die, refuse, lie or are of another version: one clear error or a recovery, never a wrong token, never a hang."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator
+from pathlib import Path
+
+import grpc
+import pytest
+import torch
+
+from coordinator.app import Coordinator
+from coordinator.config import ModelSettings, ServeSettings
+from protos import generation_pb2, shardworker_pb2, shardworker_pb2_grpc
+from protos.errors import InvalidArgument, MeshError, NotServing, ProtocolMismatch, TopologyError, WorkerLost
+from protos.rpc import PROTOCOL_VERSION
+from shardworker.app import start_worker
+from shardworker.shard import Shard
+from tests.mesh.conftest import Mesh, MeshMaker
+from tests.tiny import make_checkpoint
+
+PROMPT = [5, 6, 7]
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    directory = tmp_path_factory.mktemp("model") / "glm4_moe"
+    make_checkpoint("glm4_moe", directory)
+    return directory
+
+
+def _settings(checkpoint: Path, tmp_path: Path, workers: list[str], **more: object) -> ServeSettings:
+    return ServeSettings(
+        model=ModelSettings(str(checkpoint), dtype="f32", wire="f32"), listen=f"unix:{tmp_path}/c", workers=tuple(workers), **more
+    )
+
+
+class _FakeWorker(shardworker_pb2_grpc.ShardWorkerServicer):
+    """Describes itself, and fails to load in some way."""
+
+    def __init__(self, version: int, load: str) -> None:
+        self.version = version
+        self.load = load
+        self.silent = asyncio.Event()
+
+    async def Describe(self, request: object, context: object) -> shardworker_pb2.DescribeResponse:  # noqa: ARG002, N802
+        return shardworker_pb2.DescribeResponse(
+            protocol_version=self.version,
+            version="9.9",
+            held=shardworker_pb2.Held(state=shardworker_pb2.WORKER_STATE_EMPTY),
+            device="cpu",
+            memory_total_bytes=2**34,
+            memory_free_bytes=2**34,
+        )
+
+    async def Load(  # noqa: N802
+        self, request: shardworker_pb2.LoadRequest, context: grpc.aio.ServicerContext
+    ) -> AsyncIterator[shardworker_pb2.LoadResponse]:
+        del request
+        yield shardworker_pb2.LoadResponse(progress=shardworker_pb2.LoadProgress(loaded_bytes=1, total_bytes=2))
+        if self.load == "dies":
+            await context.abort(grpc.StatusCode.UNAVAILABLE, "Socket closed")
+        elif self.load == "silent":
+            await self.silent.wait()
+
+
+async def _serve_fake(fake: _FakeWorker, path: Path) -> grpc.aio.Server:
+    server = grpc.aio.server()
+    shardworker_pb2_grpc.add_ShardWorkerServicer_to_server(fake, server)
+    server.add_insecure_port(f"unix:{path}")
+    await server.start()
+    return server
+
+
+@pytest.mark.parametrize(
+    ("version", "load", "error", "message"),
+    [
+        (PROTOCOL_VERSION + 1, "", ProtocolMismatch, r"shardmesh 9\.9\) speaks protocol 2"),
+        (PROTOCOL_VERSION, "dies", WorkerLost, r"worker unix:.*Socket closed"),
+        (PROTOCOL_VERSION, "ends", WorkerLost, r"ended loading without an answer"),
+        (PROTOCOL_VERSION, "silent", WorkerLost, r"no progress of loading for 0\.3 s"),
+    ],
+    ids=["version", "dies", "ends", "silent"],
+)
+async def test_a_worker_that_cannot_load_ends_the_start(  # noqa: PLR0917  # fixtures and parameters
+    checkpoint: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    version: int,
+    load: str,
+    error: type[MeshError],
+    message: str,
+) -> None:
+    monkeypatch.setattr("protos.rpc.LOAD_SILENCE_S", 0.3)
+    worker = _FakeWorker(version, load)
+    server = await _serve_fake(worker, tmp_path / "w")
+    try:
+        with pytest.raises(error, match=message):
+            await Coordinator.start(_settings(checkpoint, tmp_path, [f"unix:{tmp_path}/w"]), lambda _: None)
+    finally:
+        worker.silent.set()
+        await server.stop(0)
+
+
+async def test_a_worker_that_is_not_there_ends_the_start(
+    checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("protos.rpc.DESCRIBE_DEADLINE_S", 0.5)
+    with pytest.raises(WorkerLost, match=r"worker unix:.*/w"):
+        await Coordinator.start(_settings(checkpoint, tmp_path, [f"unix:{tmp_path}/w"]), lambda _: None)
+
+
+async def test_too_many_shards_name_the_rule(checkpoint: Path, tmp_path: Path) -> None:
+    addresses = [f"unix:{tmp_path}/{number}" for number in range(9)]
+    workers = [await start_worker(address, device="cpu", threads=1) for address in addresses]
+    try:
+        with pytest.raises(TopologyError, match="8"):
+            await Coordinator.start(_settings(checkpoint, tmp_path, addresses, shards=9), lambda _: None)
+    finally:
+        for worker in workers:
+            await worker.stop(0)
+
+
+async def test_an_address_in_use_is_said_before_anything_loads(checkpoint: Path, mesh: MeshMaker) -> None:
+    async with mesh(checkpoint, 1) as running:
+        settings = ServeSettings(
+            model=ModelSettings(str(checkpoint)), listen=running.coordinator.address, workers=(running.workers[0].address,)
+        )
+        with pytest.raises(InvalidArgument, match="the address is in use"):
+            await Coordinator.start(settings, lambda _: None)
+        # The mesh in place did not notice.
+        assert len((await running.generate(PROMPT, 4)).tokens) == 4
+
+
+async def test_a_lost_worker_is_replaced_by_a_spare_and_no_token_changes(checkpoint: Path, mesh: MeshMaker) -> None:
+    async with mesh(checkpoint, 2, spares=1) as running:
+        expected = (await running.generate(PROMPT, 60)).tokens
+        seeded = {"temperature": 0.8, "seed": 3}
+        expected_seeded = (await running.generate(PROMPT, 60, sampling=seeded)).tokens
+        streams = [
+            asyncio.create_task(running.generate(PROMPT, 60)),
+            asyncio.create_task(running.generate(PROMPT, 60, sampling=seeded)),
+        ]
+        await _wait_steps(running, 130)
+        lost = running.workers[1]
+        await lost.stop(0)
+        results = [await stream for stream in streams]
+        assert [result.tokens for result in results] == [expected, expected_seeded]
+        assert [result.finished.usage.completion_tokens for result in results] == [60, 60]  # type: ignore[union-attr]
+        mesh_now = await running.client.mesh()
+        serving = {worker.address for worker in mesh_now.workers if worker.serving}
+        assert serving == {running.workers[0].address, running.workers[2].address}
+        assert mesh_now.epoch == 2
+
+
+async def _wait_steps(running: Mesh, steps: int) -> None:
+    while running.coordinator._status.engine.statistics.steps < steps:  # type: ignore[union-attr]
+        await asyncio.sleep(0)  # the engine has no event for every step
+
+
+async def test_a_worker_lost_for_good_ends_the_stream_with_one_error(checkpoint: Path, mesh: MeshMaker) -> None:
+    async with mesh(checkpoint, 2, recovery_s=0.0) as running:
+        stream = running.client.generate(
+            generation_pb2.GenerateRequest(token_ids=generation_pb2.TokenIds(ids=PROMPT), max_tokens=400, ignore_eos=True)
+        )
+        received = 0
+        async for response in stream:
+            received += len(response.delta.token_ids)
+            if received == 5:
+                break
+        await running.workers[1].stop(0)
+        with pytest.raises(NotServing, match=r"no full mesh: .*worker"):
+            [response async for response in stream]
+        with pytest.raises(NotServing):
+            await running.generate(PROMPT, 4)
+
+
+async def test_a_partial_that_is_not_finite_never_becomes_a_token(
+    checkpoint: Path, mesh: MeshMaker, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    honest = Shard.feed_forward
+
+    def lie(self: Shard, layer: int, *arguments: object) -> torch.Tensor:
+        result = honest(self, layer, *arguments)  # type: ignore[arg-type]
+        return result.fill_(float("nan")) if layer == 1 and self.plan.shard == 1 else result
+
+    async with mesh(checkpoint, 2) as running:
+        monkeypatch.setattr(Shard, "feed_forward", lie)
+        with pytest.raises(MeshError, match=r"the partials of shards \[1\] sum to NaN or infinity"):
+            await running.generate(PROMPT, 4)
+        monkeypatch.undo()
+        assert len((await running.generate(PROMPT, 4)).tokens) == 4
+
+
+async def test_a_message_over_the_limit_is_refused_and_the_next_call_works(checkpoint: Path, mesh: MeshMaker) -> None:
+    async with mesh(checkpoint, 1) as running:
+        with pytest.raises(MeshError, match=r"larger than max"):
+            await running.generate([5] * 5_000_000, 4)
+        assert len((await running.generate(PROMPT, 4)).tokens) == 4
+
+
+async def test_a_caller_that_vanishes_leaves_nothing(checkpoint: Path, mesh: MeshMaker) -> None:
+    async with mesh(checkpoint, 1) as running:
+        channel = grpc.aio.insecure_channel(running.coordinator.address)
+        call = channel.unary_stream("/shardmesh.v1.Generation/Generate")(
+            generation_pb2.GenerateRequest(
+                token_ids=generation_pb2.TokenIds(ids=PROMPT), max_tokens=400, ignore_eos=True
+            ).SerializeToString()
+        )
+        await call.read()
+        await channel.close()
+        engine = running.coordinator._status.engine  # type: ignore[union-attr]
+        await asyncio.wait_for(engine.wait_idle(), 10)
+        assert engine.scheduler.pool.num_used == 0
+
+
+async def test_two_coordinators_share_workers_without_seeing_each_other(
+    checkpoint: Path, mesh: MeshMaker, tmp_path: Path
+) -> None:
+    async with mesh(checkpoint, 2) as running:
+        expected = (await running.generate(PROMPT, 30)).tokens
+        settings = _settings(checkpoint, tmp_path, [worker.address for worker in running.workers], shards=2)
+        second = await Coordinator.start(settings, lambda _: None)
+        try:
+            async with Mesh.connect(second, running.workers) as other:
+                results = await asyncio.gather(*(one.generate(PROMPT, 30) for one in (running, other) for _ in range(3)))
+            assert [result.tokens for result in results] == [expected] * 6
+        finally:
+            await second.stop(0)
+        assert (await running.generate(PROMPT, 30)).tokens == expected
