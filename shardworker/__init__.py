@@ -8,7 +8,7 @@ In the order of the data:
     plan              whether a plan agrees with itself
     weights, loader   what a plan asks to be kept in memory, and reading it (safetensors_file)
     executor          the one thread that owns the device
-    session, operands the rounds of one coordinator: their order, what each brings (tables: positions and pages)
+    session           the rounds of one coordinator (operands: what each brings; tables: positions and pages)
     shard, kv         the arithmetic of a round; keys and values
     kernels           pure functions on tensors
 

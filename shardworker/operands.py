@@ -17,13 +17,19 @@ if TYPE_CHECKING:
 
 
 def hidden_rows(shard: Shard, message: tensor_pb2.Tensor, num_rows: int) -> torch.Tensor:
-    """[rows, hidden] on the device in the dtype of the arithmetic."""
+    """[rows, hidden] on the device in the dtype of the arithmetic.
+
+    Raises:
+        InvalidArgument: it is not that.
+
+    """
     if message.dtype == tensor_pb2.DTYPE_I32:
         raise InvalidArgument("hidden: wanted a float dtype, found I32")
     return checked_tensor(message, "hidden", None, (num_rows, shard.hidden)).to(shard.device, shard.dtype)
 
 
 def any_rows(shard: Shard, message: tensor_pb2.Tensor) -> torch.Tensor:
+    """As `hidden_rows`, of as many rows as there are, but at least one."""
     num_rows = message.shape[0] if message.shape else 0
     if num_rows == 0:
         raise InvalidArgument("hidden: wanted at least one row")
@@ -31,6 +37,12 @@ def any_rows(shard: Shard, message: tensor_pb2.Tensor) -> torch.Tensor:
 
 
 def checked_tensor(message: tensor_pb2.Tensor, name: str, dtype: tensor_pb2.DType | None, shape: tuple[int, ...]) -> torch.Tensor:
+    """Decode a tensor on the CPU.
+
+    Raises:
+        InvalidArgument: another dtype (unless None is wanted, which is any) or shape, or data that does not fit.
+
+    """
     if len(message.shape) != len(shape) or tuple(message.shape) != shape or (dtype is not None and message.dtype != dtype):
         wanted = f"{list(shape)}" if dtype is None else f"{tensor_pb2.DType.Name(dtype)} {list(shape)}"
         raise InvalidArgument(f"{name}: wanted {wanted}, found dtype {message.dtype} {message.shape[:8]}")
@@ -38,7 +50,12 @@ def checked_tensor(message: tensor_pb2.Tensor, name: str, dtype: tensor_pb2.DTyp
 
 
 def routing_of(shard: Shard, action: pb.FeedForward, num_rows: int) -> Routing | None:
-    """Check where the rows go; none in dense layers."""
+    """Where the rows go; none in dense layers.
+
+    Raises:
+        InvalidArgument: what came does not suit the layer, or experts are out of range or not distinct.
+
+    """
     num_experts = shard.num_experts(action.layer)
     fields = (action.HasField("experts"), action.HasField("expert_weights"))
     if fields != ((True, True) if num_experts else (False, False)):

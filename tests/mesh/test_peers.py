@@ -155,7 +155,8 @@ async def test_a_lost_worker_is_replaced_by_a_spare_and_no_token_changes(checkpo
 
 
 async def _wait_steps(running: Mesh, steps: int) -> None:
-    while running.coordinator._status.engine.statistics.steps < steps:  # type: ignore[union-attr]
+    # The engine has no event for every step.
+    while running.coordinator._status.engine.statistics.steps < steps:  # type: ignore[union-attr]  # noqa: ASYNC110
         await asyncio.sleep(0)  # the engine has no event for every step
 
 
