@@ -77,3 +77,13 @@ async def test_tokens_and_logits_are_the_references(mesh: MeshMaker, case: tuple
         wanted = one.logprobs[list(found)]
         assert len(found) == TOP
         assert torch.allclose(torch.tensor(list(found.values())), wanted, rtol=1e-3, atol=1e-3)
+
+
+@pytest.mark.parametrize("name", ["llama_odd", "qwen3_moe_odd", "glm4_moe", "olmoe"])
+async def test_five_workers_by_the_same_arithmetic(mesh: MeshMaker, tmp_path: Path, name: str) -> None:
+    directory = tmp_path / "model"
+    make_checkpoint(name, directory)
+    expected = _expect(directory)[3:5]
+    async with mesh(directory, 5) as running:
+        results = await asyncio.gather(*(running.generate(one.prompt, NEW_TOKENS) for one in expected))
+    assert [result.tokens for result in results] == [one.tokens for one in expected]
