@@ -25,6 +25,7 @@ from coordinator.app import Coordinator
 from coordinator.client import GenerationClient
 from coordinator.config import ModelSettings, ServeSettings
 from coordinator.embedded import EmbeddedWorkers
+from coordinator.served_model import ServedModel
 from protos import generation_pb2
 from protos.log import configure_logging
 
@@ -92,7 +93,7 @@ async def _start(stack: AsyncExitStack, model: str, count: int) -> GenerationCli
         workers=workers.addresses,
         shards=count,
     )
-    coordinator = await Coordinator.start(settings, lambda _: None)
+    coordinator = await Coordinator.start(settings, ServedModel.open(settings.model), lambda _: None)
     stack.push_async_callback(coordinator.stop, 0)
     return await stack.enter_async_context(GenerationClient(coordinator.address))
 

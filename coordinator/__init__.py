@@ -1,9 +1,11 @@
 """The coordinator decides; this is the way of a token through its files.
 
 cli, commands/      flags and what a person sees
-embedded            a private mesh for one command
-app                 composition root: builds, starts, drains, stops
-service             the Generation service: message <-> request
+embedded, private_mesh
+                    a mesh for the lifetime of one command
+app, supervisor     builds, starts, drains, stops; keeps a full mesh
+service, intake     the Generation service: message <-> request
+status              what the mesh says of itself
 text/               tokenizer, chat template, incremental detokenizing, stop texts
 request, sequence   what is asked for; the journal of one request
 scheduler, pages    which rows go into the next step; KV page accounting (pure)

@@ -13,10 +13,9 @@ from grpc_reflection.v1alpha import reflection
 
 from coordinator.config import WIRES
 from coordinator.engine import Engine
-from coordinator.planning.capacity import kv_pages
+from coordinator.planning.capacity import check_rows, kv_pages
 from coordinator.planning.placement import default_shards
 from coordinator.scheduler import Limits
-from coordinator.served_model import ServedModel
 from coordinator.service import GenerationService
 from coordinator.status import MeshStatus
 from coordinator.supervisor import Supervisor
@@ -24,7 +23,8 @@ from coordinator.workers.pool import WorkerPool
 from protos import generation_pb2, generation_pb2_grpc, rpc
 from protos.errors import NotServing
 from protos.interceptors import ErrorInterceptor
-from protos.listen import bind
+from protos.listen import bind, unbind
+from protos.tensors import num_bytes
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -32,12 +32,16 @@ if TYPE_CHECKING:
     from coordinator.config import ServeSettings
     from coordinator.fanout import Fanout
     from coordinator.planning.plan import MeshPlan
+    from coordinator.served_model import ServedModel
     from coordinator.workers.pool import LoadEvent, Survey
 
 log = structlog.get_logger(__name__)
 
 PAGE_TOKENS = 16
 """Tokens of a KV page: small enough to waste little on short sequences."""
+
+FAREWELL_S = 2.0
+"""Longest that ended streams may take to hear of it, seconds."""
 
 SERVICE = generation_pb2.DESCRIPTOR.services_by_name["Generation"].full_name
 
@@ -57,18 +61,18 @@ class Coordinator:
         )
         self._health = health.aio.HealthServicer()
         self._pool = WorkerPool(settings.workers)
+        self._bound = False
         self._status: MeshStatus | None = None
         self._serving: asyncio.Task[None] | None = None
 
     @classmethod
-    async def start(cls, settings: ServeSettings, on_progress: Callable[[LoadEvent], None]) -> Self:
-        """Open the model, listen, load the workers, serve.
+    async def start(cls, settings: ServeSettings, model: ServedModel, on_progress: Callable[[LoadEvent], None]) -> Self:
+        """Listen, load the workers, serve.
 
         Raises:
-            MeshError: the model is unusable, the address is taken, or no full mesh can be had.
+            MeshError: the address is taken, the model cannot be cut like this, or no full mesh can be had.
 
         """
-        model = await asyncio.to_thread(ServedModel.open, settings.model)
         coordinator = cls(settings, model, on_progress)
         try:
             await coordinator._start()
@@ -78,9 +82,9 @@ class Coordinator:
         return coordinator
 
     async def wait(self) -> None:
-        """Serve until something unforeseen breaks, and raise that."""
+        """Serve until something unforeseen breaks, and raise that; cancelling it stops nothing."""
         if self._serving:
-            await self._serving
+            await asyncio.shield(self._serving)
 
     async def stop(self, grace_s: float) -> None:
         """Refuse new requests, let the running ones finish within `grace_s` seconds, then stop. Idempotent."""
@@ -94,12 +98,17 @@ class Coordinator:
             engine.fail(engine.refusal)
             self._serving.cancel()
             await asyncio.wait([self._serving])
-        await self._server.stop(grace=1 if grace_s else 0)
+        # A little more, so that every stream gets its terminal status.
+        await self._server.stop(grace=FAREWELL_S if grace_s else 0)
+        if self._bound:
+            unbind(self.address)
+            self._bound = False
         await self._pool.close()
 
     async def _start(self) -> None:
         settings = self.settings
         self.address = await bind(self._server, settings.listen)
+        self._bound = True
         survey = await self._pool.survey(wait_for_ready=True)
         num_shards = settings.shards or default_shards(len(survey.reports) or 1, self.model.spec)
         plan = await asyncio.to_thread(self.model.plan, num_shards, PAGE_TOKENS)
@@ -125,6 +134,7 @@ class Coordinator:
         if not survey.reports:
             raise next(iter(survey.failures.values()))
         settings = self.settings
+        check_rows(settings.max_rows, self.model.spec.hidden, num_bytes(WIRES[settings.model.wire], (1, self.model.spec.hidden)))
         return Limits(
             num_pages=kv_pages(plan, survey.reports, PAGE_TOKENS, settings.kv_tokens),
             page_tokens=PAGE_TOKENS,

@@ -3,14 +3,10 @@
 from __future__ import annotations
 
 import importlib
-import sys
 
 import click
 
-from protos.errors import InvalidArgument, MeshError, ModelError, TopologyError
-
-MISTAKES = (InvalidArgument, ModelError, TopologyError)
-"""What the person at the keyboard can mend: exit code 2, as for a wrong flag."""
+from protos.program import run_program
 
 COMMANDS = {
     "generate": "Generate text from a prompt, a chat or token ids.",
@@ -53,19 +49,8 @@ def coordctl() -> None:
 
 
 def main() -> None:
-    """Run the command line; errors are one line on standard error."""
-    try:
-        coordctl(standalone_mode=False)
-    except click.exceptions.Exit as stop:
-        sys.exit(stop.exit_code)
-    except click.Abort:
-        sys.exit(130)
-    except click.ClickException as error:
-        error.show()
-        sys.exit(error.exit_code)
-    except MeshError as error:
-        click.echo(f"coordctl: {error}", err=True)
-        sys.exit(2 if isinstance(error, MISTAKES) else 1)
+    """Run the command line."""
+    run_program("coordctl", coordctl)
 
 
 if __name__ == "__main__":

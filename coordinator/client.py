@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Self
 import grpc
 
 from protos import rpc
-from protos.errors import from_rpc_error
+from protos.errors import InvalidArgument, MeshError, from_rpc_error
 from protos.generation_pb2 import (
     GenerateRequest,
     GenerateResponse,
@@ -53,7 +53,7 @@ class GenerationClient:
             async for response in call:
                 yield response
         except grpc.aio.AioRpcError as error:
-            raise from_rpc_error(error, self._peer) from None
+            raise self._error(error) from None
         finally:
             call.cancel()
 
@@ -67,7 +67,7 @@ class GenerationClient:
         try:
             response: GetModelResponse = await self._stub.GetModel(GetModelRequest(), timeout=CALL_DEADLINE_S)
         except grpc.aio.AioRpcError as error:
-            raise from_rpc_error(error, self._peer) from None
+            raise self._error(error) from None
         return response
 
     async def mesh(self) -> GetMeshResponse:
@@ -80,8 +80,15 @@ class GenerationClient:
         try:
             response: GetMeshResponse = await self._stub.GetMesh(GetMeshRequest(), timeout=CALL_DEADLINE_S)
         except grpc.aio.AioRpcError as error:
-            raise from_rpc_error(error, self._peer) from None
+            raise self._error(error) from None
         return response
+
+    def _error(self, error: grpc.aio.AioRpcError) -> MeshError:
+        if error.code() is grpc.StatusCode.UNIMPLEMENTED:
+            return MeshError(f"{self._peer} does not offer shardmesh.v1.Generation: is it a coordinator?")
+        translated = from_rpc_error(error, self._peer)
+        # The caller's own mistake is nobody's whose address matters.
+        return InvalidArgument(error.details()) if isinstance(translated, InvalidArgument) else translated
 
     async def __aenter__(self) -> Self:
         """Use as a context that closes the channel."""

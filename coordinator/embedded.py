@@ -1,7 +1,7 @@
 """A private mesh for the lifetime of one command: worker processes on unix sockets in a private folder.
 
 The processes are the same `shardworker` as in a cluster. Each holds the end of a pipe whose other end is here: should this
-process be killed, they see it close, end and remove their sockets.
+process be killed, they see it close, end and remove the folder.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Self
 
 from protos.errors import InvalidArgument, WorkerLost
+from protos.program import EXIT_MISTAKE
 
 START_DEADLINE_S = 120.0
 STOP_DEADLINE_S = 5.0
@@ -72,6 +73,7 @@ class EmbeddedWorkers:
         """Wait until all workers listen.
 
         Raises:
+            InvalidArgument: a worker says that it was asked for something impossible.
             WorkerLost: one ended, or took too long.
 
         """
@@ -84,7 +86,7 @@ class EmbeddedWorkers:
     async def _spawn(self, address: str) -> asyncio.subprocess.Process:
         return await asyncio.create_subprocess_exec(
             *(sys.executable, "-m", "shardworker", "serve", "--listen", address, "--device", self._device),
-            *("--threads", str(self._threads), "--log-level", "error", "--until-stdin-closes"),
+            *("--threads", str(self._threads), "--log-level", "error", "--embedded-in", str(self._directory)),
             stdin=asyncio.subprocess.PIPE,
             stdout=asyncio.subprocess.PIPE,
             stderr=asyncio.subprocess.PIPE,
@@ -101,6 +103,8 @@ class EmbeddedWorkers:
                 if not line.startswith(b"listening on "):
                     said = (await process.stderr.read()).decode(errors="replace").strip().rpartition("\n")[2]
                     code = await process.wait()
+                    if code == EXIT_MISTAKE:
+                        raise InvalidArgument(said.removeprefix("shardworker: "))
                     raise WorkerLost(f"an embedded worker ended with exit code {code} before it listened: {said}")
         except TimeoutError:
             raise WorkerLost(f"an embedded worker did not start within {START_DEADLINE_S:g} s") from None

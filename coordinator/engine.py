@@ -11,10 +11,10 @@ import time
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from coordinator.request import FinishReason
+from coordinator.request import FinishReason, check_against_model
 from coordinator.scheduler import Limits, Scheduler, Step
 from coordinator.sequence import Sequence, SequenceId
-from protos.errors import InvalidArgument, MeshError
+from protos.errors import MeshError
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator
@@ -135,7 +135,7 @@ class Engine:
         """
         if self.refusal:
             raise self.refusal.with_traceback(None)
-        self._check(request)
+        check_against_model(request, self._vocabulary, self._context)
         self._last_id += 1
         sequence = Sequence(SequenceId(self._last_id), request)
         self.scheduler.add(sequence)
@@ -186,16 +186,6 @@ class Engine:
         self._completions.pop(sequence.id, None)
         if not self._completions:
             self._idle.set()
-
-    def _check(self, request: Request) -> None:
-        if outside := [token for token in request.prompt if not 0 <= token < self._vocabulary]:
-            raise InvalidArgument(f"token id {outside[0]} is outside the vocabulary of {self._vocabulary}")
-        most = len(request.prompt) + request.max_tokens
-        if most > self._context:
-            raise InvalidArgument(
-                f"the prompt has {len(request.prompt)} tokens and max_tokens is {request.max_tokens}: together {most}, "
-                f"the model's context holds {self._context}"
-            )
 
     def _finish_step(self, step: Step, sequences: list[Sequence], choices: list[Choice]) -> None:
         """Write the journal first, then tell the callers."""

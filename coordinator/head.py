@@ -13,7 +13,7 @@ import torch
 
 from coordinator import sampler
 from coordinator.scores import RowScores, from_logits, merge_candidates
-from protos import shardworker_pb2, tensor_pb2
+from protos import rpc, shardworker_pb2, tensor_pb2
 from protos.errors import WrongResult
 from protos.shardworker_pb2 import ExecuteRequest
 from protos.tensors import decode, encode
@@ -23,6 +23,10 @@ if TYPE_CHECKING:
 
     from coordinator.fanout import Fanout
     from coordinator.sequence import Sequence
+
+
+REPLY_BYTES = rpc.MAX_WORKER_REPLY_BYTES // 4
+"""Of logits in one reply: far below what a message may have, so that a round's memory stays small too."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -98,11 +102,12 @@ class Head:
         return _Listed(ids, logits, logsumexp)
 
     async def _logits(self, hidden: torch.Tensor, step: int) -> torch.Tensor:
-        """Collect f32 [rows, vocabulary]."""
-        request = ExecuteRequest(
-            step=step,
-            head=shardworker_pb2.Head(hidden=encode(hidden, self.wire), logits=True),
-        )
+        """Collect f32 [rows, vocabulary], in as many rounds as the size of a reply demands."""
+        rows_of_a_round = max(1, REPLY_BYTES // (4 * max(self.shard_vocabularies)))
+        return torch.cat([await self._logits_of_round(rows, step) for rows in hidden.split(rows_of_a_round)])
+
+    async def _logits_of_round(self, hidden: torch.Tensor, step: int) -> torch.Tensor:
+        request = ExecuteRequest(step=step, head=shardworker_pb2.Head(hidden=encode(hidden, self.wire), logits=True))
         shards = [decode(reply.head.logits) for reply in await self.fanout.round(request, "head", len(hidden))]
         for shard, (logits, size) in enumerate(zip(shards, self.shard_vocabularies, strict=True)):
             if tuple(logits.shape) != (len(hidden), size):

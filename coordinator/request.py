@@ -93,3 +93,20 @@ class Request:
             raise InvalidArgument(f"max_tokens must be >= 1, found {self.max_tokens}")
         if self.logprobs is not None and not 0 <= self.logprobs <= MAX_TOP_LOGPROBS:
             raise InvalidArgument(f"logprobs must be in [0, {MAX_TOP_LOGPROBS}], found {self.logprobs}")
+
+
+def check_against_model(request: Request, vocabulary: int, context: int) -> None:
+    """Check a request against the model that it is for.
+
+    Raises:
+        InvalidArgument: token ids outside the vocabulary, or more tokens than the context has.
+
+    """
+    if outside := [token for token in request.prompt if not 0 <= token < vocabulary]:
+        raise InvalidArgument(f"token id {outside[0]} is outside the vocabulary of {vocabulary}")
+    most = len(request.prompt) + request.max_tokens
+    if most > context:
+        raise InvalidArgument(
+            f"prompt ({len(request.prompt)}) and max_tokens ({request.max_tokens}) are {most} tokens together, "
+            f"the model's context holds {context}"
+        )

@@ -3,19 +3,17 @@
 from __future__ import annotations
 
 import asyncio
-import secrets
-import uuid
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import structlog
-from google.protobuf.json_format import MessageToDict
 
 from coordinator.config import QUANTIZATIONS
-from coordinator.request import FinishReason, Request, Sampling
+from coordinator.intake import read_request
+from coordinator.request import FinishReason, Request
 from coordinator.text.stop_texts import StopTexts
 from protos import generation_pb2, generation_pb2_grpc
-from protos.errors import InvalidArgument, NotServing
+from protos.errors import NotServing
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Sequence
@@ -28,9 +26,6 @@ if TYPE_CHECKING:
     from coordinator.status import MeshStatus
 
 log = structlog.get_logger(__name__)
-
-MAX_REQUEST_ID = 128
-MAX_STOP_TEXTS = 16
 
 _REASONS = {
     FinishReason.STOP: generation_pb2.FINISH_REASON_STOP,
@@ -51,7 +46,8 @@ class GenerationService(generation_pb2_grpc.GenerationServicer):
     ) -> AsyncIterator[generation_pb2.GenerateResponse]:
         """Make one completion; see generation.proto."""
         del context  # its cancellation and deadline end this generator
-        request = await self._request(message)
+        # In a thread: it may take long.
+        request = await asyncio.to_thread(read_request, message, self.model, self.engine.max_tokens)
         text = CompletionText(self.model, message.stop)
         completion = self.engine.submit(request)
         num_tokens = 0
@@ -109,64 +105,12 @@ class GenerationService(generation_pb2_grpc.GenerationServicer):
         del message, context
         return await self.status.report()
 
-    async def _request(self, message: generation_pb2.GenerateRequest) -> Request:
-        request_id = message.request_id or uuid.uuid4().hex
-        if len(request_id) > MAX_REQUEST_ID or not request_id.isprintable():
-            raise InvalidArgument(f"request_id must be at most {MAX_REQUEST_ID} printable characters")
-        # In a thread: a long prompt takes long to tokenize, and a template is somebody else's program.
-        prompt = await asyncio.to_thread(self._prompt, message)
-        return Request(
-            request_id=request_id,
-            prompt=tuple(prompt),
-            max_tokens=message.max_tokens if message.HasField("max_tokens") else self._most_tokens(len(prompt)),
-            sampling=_sampling(message.sampling),
-            stop_ids=frozenset(message.stop_token_ids) | (frozenset() if message.ignore_eos else self.model.stop_ids),
-            logprobs=message.logprobs if message.HasField("logprobs") else None,
-        )
-
-    def _prompt(self, message: generation_pb2.GenerateRequest) -> list[int]:
-        kind = message.WhichOneof("prompt")
-        if kind == "token_ids":
-            return list(message.token_ids.ids)
-        tokenizer = self.model.tokenizer
-        if kind is None:
-            raise InvalidArgument("the request has no prompt: send text, token_ids or chat")
-        if tokenizer is None:
-            raise InvalidArgument(f"{self.model.settings.model} has no tokenizer.json: send token ids")
-        if kind == "text":
-            return tokenizer.encode(message.text)
-        messages = [{"role": one.role, "content": one.content} for one in message.chat.messages]
-        if not messages:
-            raise InvalidArgument("the chat has no messages")
-        try:
-            arguments = MessageToDict(message.chat.template_arguments)
-        except ValueError as error:
-            raise InvalidArgument(f"template_arguments must hold JSON values: {error}") from None
-        return tokenizer.encode_chat(messages, arguments)
-
-    def _most_tokens(self, prompt_tokens: int) -> int:
-        most = self.engine.max_tokens - prompt_tokens
-        if most < 1:
-            raise InvalidArgument(
-                f"the prompt has {prompt_tokens} tokens, prompt and completion together may have {self.engine.max_tokens}"
-            )
-        return most
-
 
 class CompletionText:
     """The text of a completion as it grows: whole characters only, up to the first stop text."""
 
     def __init__(self, model: ServedModel, stops: Sequence[str]) -> None:
-        """Start with nothing.
-
-        Raises:
-            InvalidArgument: too many stop texts, an empty one, or any without a tokenizer.
-
-        """
-        if len(stops) > MAX_STOP_TEXTS or not all(stops):
-            raise InvalidArgument(f"stop takes up to {MAX_STOP_TEXTS} texts, none empty")
-        if stops and model.tokenizer is None:
-            raise InvalidArgument(f"{model.settings.model} has no tokenizer.json: stop texts cannot be found, use stop_token_ids")
+        """Start with nothing; `stops` were checked by `read_request`."""
         self.stopped = False
         self._detokenizer = model.tokenizer.detokenizer() if model.tokenizer else None
         self._stops = StopTexts(list(stops))
@@ -184,11 +128,6 @@ class CompletionText:
             return ""
         emitted, self.stopped = self._stops.push(self._detokenizer.flush())
         return emitted if self.stopped else emitted + self._stops.flush()
-
-
-def _sampling(message: generation_pb2.Sampling) -> Sampling:
-    fields = {descriptor.name: value for descriptor, value in message.ListFields()}
-    return Sampling(**{"seed": secrets.randbits(64), **fields})
 
 
 def _delta(choice: Choice, text: str) -> generation_pb2.Delta:

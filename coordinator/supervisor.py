@@ -89,16 +89,20 @@ class Supervisor:
     async def _recover(self, failure: MeshError) -> Fanout:
         """Try until there is a mesh; after `recovery_s` end the requests that wait for it."""
         deadline = time.monotonic() + self.recovery_s
+        given_up: NotServing | None = None
         while True:
-            if self.recovery_s > 0 or self.engine.refusal:
+            if self.recovery_s > 0 or given_up:
                 try:
                     fanout = await self.assemble()
                 except MeshError as error:
                     failure = error
                 else:
-                    self.engine.refusal = None
+                    # Another refusal, because the coordinator shuts down, stays.
+                    if self.engine.refusal is given_up:
+                        self.engine.refusal = None
                     return fanout
-            if time.monotonic() >= deadline and not self.engine.refusal:
-                self.engine.refusal = NotServing(f"no full mesh: {failure}")
-                self.engine.fail(self.engine.refusal)
+            if time.monotonic() >= deadline and not given_up:
+                given_up = NotServing(f"no full mesh: {failure}")
+                self.engine.refusal = self.engine.refusal or given_up
+                self.engine.fail(given_up)
             await asyncio.sleep(RETRY_S)

@@ -7,6 +7,6 @@ table, channel settings, log keys), and nothing else does.
 import os
 
 # Two libraries read their environment once, when they are imported, and have defaults that suit no mesh: gRPC's C core writes
-# a line to standard error for every connection that ends, and OpenMP's idle threads spin on a core that somebody else needs.
-os.environ.setdefault("GRPC_VERBOSITY", "ERROR")
+# lines of its own to standard error, and OpenMP's idle threads spin on a core that somebody else needs.
+os.environ.setdefault("GRPC_VERBOSITY", "NONE")
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")

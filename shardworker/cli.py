@@ -5,6 +5,8 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import os
+import select
+import shutil
 import signal
 import sys
 import threading
@@ -13,43 +15,63 @@ from typing import TYPE_CHECKING
 
 import click
 
-from protos.errors import MeshError
 from protos.log import configure_logging
+from protos.program import run_program
+from protos.rpc import check_address
 
 if TYPE_CHECKING:
-    from collections.abc import Coroutine
+    from collections.abc import Awaitable, Callable, Coroutine
 
-EXIT_MISTAKE = 2
+    from shardworker.app import RunningWorker
+
 STOP_GRACE_S = 0.5
 LEVELS = ("debug", "info", "warning", "error", "critical")
 
 
 @click.group(context_settings={"help_option_names": ["-h", "--help"]})
 @click.version_option(package_name="shardmesh")
-def main() -> None:
+def shardworker() -> None:
     """Serve a slice of a model to a shardmesh coordinator."""
 
 
-@main.command()
+@shardworker.command()
 @click.option("--listen", required=True, metavar="ADDRESS", help="HOST:PORT (port 0: any free one) or unix:PATH.")
 @click.option("--device", type=click.Choice(["auto", "cpu", "cuda"]), default="auto", show_default=True, help="Where to compute.")
 @click.option("--threads", type=click.IntRange(1, 4096), help="Threads that compute on the CPU.  [default: torch's choice]")
 @click.option("--insecure", is_flag=True, help="Allow TCP without TLS.")
 @click.option("--log-level", type=click.Choice(LEVELS), default="info", show_default=True, help="Of the log on standard error.")
-@click.option("--until-stdin-closes", is_flag=True, help="End when standard input does, and remove the socket's empty folder.")
-def serve(*, listen: str, device: str, threads: int | None, insecure: bool, log_level: str, until_stdin_closes: bool) -> None:
+@click.option(
+    "--embedded-in",
+    type=click.Path(path_type=Path),
+    metavar="DIR",
+    help="DIR is private to the parent process: when standard input closes, end and remove it.",
+)
+def serve(*, listen: str, device: str, threads: int | None, insecure: bool, log_level: str, embedded_in: Path | None) -> None:
     """Wait for a plan, load its slices, serve its rounds. Ends by SIGTERM or SIGINT."""
     configure_logging(log_level)
+    check_address(listen, insecure=insecure)
+    # torch takes seconds; --help and mistakes need none. Before the event loop, so that Ctrl-C works meanwhile.
+    from shardworker.app import start_worker  # noqa: PLC0415
+
+    async def start() -> RunningWorker:
+        return await start_worker(listen, device=device, threads=threads, insecure=insecure)
+
     try:
-        stopped = _run(_serve(listen, device=device, threads=threads, insecure=insecure, until_stdin_closes=until_stdin_closes))
-    except MeshError as error:
-        click.echo(f"shardworker: {error}", err=True)
-        sys.exit(EXIT_MISTAKE)
+        stopped = _run(_serve(start, watch_stdin=embedded_in is not None))
+    finally:
+        if embedded_in is not None and _stdin_is_closed():
+            # The parent is gone, or about to do the same.
+            shutil.rmtree(embedded_in, ignore_errors=True)
     if not stopped:
         # A job still runs on the device; waiting for it would be waiting for a caller who has left.
         sys.stdout.flush()
         sys.stderr.flush()
         os._exit(0)
+
+
+def main() -> None:
+    """Run the command line."""
+    run_program("shardworker", shardworker)
 
 
 def _run(work: Coroutine[None, None, bool]) -> bool:
@@ -61,25 +83,26 @@ def _run(work: Coroutine[None, None, bool]) -> bool:
     return stopped
 
 
-async def _serve(listen: str, *, device: str, threads: int | None, insecure: bool, until_stdin_closes: bool) -> bool:
+async def _serve(start: Callable[[], Awaitable[RunningWorker]], *, watch_stdin: bool) -> bool:
     """Serve until told to stop; whether everything ended in time."""
-    from shardworker.app import start_worker  # noqa: PLC0415  # torch takes seconds; --help and mistakes need none
-
     loop = asyncio.get_running_loop()
     stop = asyncio.Event()
     for number in (signal.SIGTERM, signal.SIGINT):
         loop.add_signal_handler(number, stop.set)
-    worker = await start_worker(listen, device=device, threads=threads, insecure=insecure)
-    if until_stdin_closes:
-        threading.Thread(target=_watch_stdin, args=(loop, stop), name="stdin", daemon=True).start()
-    click.echo(f"listening on {worker.address}")
-    await stop.wait()
-    stopped = await worker.stop(STOP_GRACE_S)
-    if until_stdin_closes and listen.startswith("unix:"):
-        # The parent made the folder for this socket, and may be gone.
-        with contextlib.suppress(OSError):
-            Path(listen.removeprefix("unix:")).parent.rmdir()
+    worker = await start()
+    try:
+        if watch_stdin:
+            threading.Thread(target=_watch_stdin, args=(loop, stop), name="stdin", daemon=True).start()
+        click.echo(f"listening on {worker.address}")
+        await stop.wait()
+    finally:
+        stopped = await worker.stop(STOP_GRACE_S)
     return stopped
+
+
+def _stdin_is_closed() -> bool:
+    readable, _, _ = select.select([0], [], [], 0)
+    return bool(readable) and not os.read(0, 1)
 
 
 def _watch_stdin(loop: asyncio.AbstractEventLoop, stop: asyncio.Event) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import importlib
 import json
 import sys
 import time
@@ -16,11 +17,9 @@ import click
 from coordinator.client import GenerationClient
 from coordinator.commands.options import device_option, insecure_option, json_option, mesh_options, model_options
 from coordinator.commands.running import run
-from coordinator.config import ModelSettings, ServeSettings
+from coordinator.config import ModelSettings
 from coordinator.embedded import EmbeddedWorkers
-from coordinator.progress import LoadProgress
 from coordinator.request import MAX_TOP_LOGPROBS, Sampling
-from coordinator.service import MAX_STOP_TEXTS
 from protos import generation_pb2, rpc
 from protos.errors import InvalidArgument, MeshError
 from protos.log import configure_logging
@@ -44,11 +43,11 @@ _EMBEDDED_ONLY = ("shards", "threads", "device", "dtype", "quantize", "load_form
     "--messages", type=click.File("rb"), metavar="FILE|-", help='JSON [{"role": ..., "content": ...}], for the chat template.'
 )
 @click.option("--shards", type=click.IntRange(min=1), default=1, show_default=True, help="Workers of the embedded mesh.")
-@click.option("--threads", type=click.IntRange(min=1), help="Of each embedded worker; default: the cores, shared evenly.")
+@click.option("--threads", type=click.IntRange(1, 4096), help="Of each embedded worker; default: the cores, shared evenly.")
 @device_option
 @model_options
 @mesh_options
-@click.option("--max-tokens", type=UINT32, help="Default: up to the end of the context.")
+@click.option("--max-tokens", type=click.IntRange(1, MAX_UINT32), help="Default: up to the end of the context.")
 @click.option("--temperature", type=float, help="0 (default) is greedy.")
 @click.option("--top-k", type=UINT32, help="Only the K most likely tokens.")
 @click.option("--top-p", type=float, help="Only the most likely tokens that together reach P.")
@@ -147,7 +146,7 @@ class Output:
 
 
 async def _generate_embedded(flags: dict[str, Any], request: generation_pb2.GenerateRequest, output: Output) -> None:
-    model = ModelSettings(
+    settings = ModelSettings(
         model=flags["model"],
         dtype=flags["dtype"],
         quantization=flags["quantize"],
@@ -157,20 +156,8 @@ async def _generate_embedded(flags: dict[str, Any], request: generation_pb2.Gene
     async with AsyncExitStack() as stack:
         workers = await stack.enter_async_context(EmbeddedWorkers(flags["shards"], flags["device"], flags["threads"]))
         # torch takes seconds to import: here they pass while the workers do the same, and a remote call needs none of it.
-        from coordinator.app import Coordinator  # noqa: PLC0415
-
-        await workers.wait_listening()
-        settings = ServeSettings(
-            model=model,
-            listen=workers.coordinator_address,
-            workers=workers.addresses,
-            shards=flags["shards"],
-            kv_tokens=flags["kv_tokens"],
-            # Nobody will start another worker here.
-            recovery_s=0,
-        )
-        with LoadProgress() as progress:
-            coordinator = await Coordinator.start(settings, progress)
+        private_mesh = await asyncio.to_thread(importlib.import_module, "coordinator.private_mesh")
+        coordinator = await private_mesh.start_private_mesh(workers, settings, flags["kv_tokens"], request)
         stack.push_async_callback(coordinator.stop, grace_s=0)
         output.note_loaded()
         client = await stack.enter_async_context(GenerationClient(coordinator.address))
@@ -179,11 +166,14 @@ async def _generate_embedded(flags: dict[str, Any], request: generation_pb2.Gene
 
 async def _generate_remotely(address: str, model: str | None, request: generation_pb2.GenerateRequest, output: Output) -> None:
     async with GenerationClient(address) as client:
-        if model:
-            served = (await client.model()).model
-            if model != served and Path(model).name != Path(served).name:
-                raise InvalidArgument(f"--model is {model}, but {address} serves {served}")
+        if model and not _same_model(model, served := (await client.model()).model):
+            raise InvalidArgument(f"--model is {model}, but {address} serves {served}")
         await _stream(client, request, output)
+
+
+def _same_model(one: str, other: str) -> bool:
+    """Whether two values of --model mean the same: equal hub ids, or one folder."""
+    return one == other or Path(one).resolve() == Path(other).resolve()
 
 
 async def _stream(client: GenerationClient, request: generation_pb2.GenerateRequest, output: Output) -> None:
@@ -207,15 +197,10 @@ async def _stream(client: GenerationClient, request: generation_pb2.GenerateRequ
 def _request(flags: dict[str, Any]) -> generation_pb2.GenerateRequest:
     names = ("temperature", "top_k", "top_p", "min_p", "repetition_penalty", "presence_penalty", "frequency_penalty", "seed")
     given = {name: flags[name] for name in names if flags[name] is not None}
-    # Checked here too, before minutes are spent on loading.
+    # Checked here too, before anything is started.
     Sampling(**given)
-    if flags["max_tokens"] == 0:
-        raise InvalidArgument("--max-tokens must be >= 1, found 0")
-    if len(flags["stop"]) > MAX_STOP_TEXTS:
-        raise InvalidArgument(f"--stop may be given up to {MAX_STOP_TEXTS} times, found {len(flags['stop'])}")
     for text in flags["stop"]:
-        if not _utf8("--stop", text):
-            raise InvalidArgument("--stop must not be empty")
+        _utf8("--stop", text)
     request = generation_pb2.GenerateRequest(
         sampling=generation_pb2.Sampling(**given),
         max_tokens=flags["max_tokens"],

@@ -11,6 +11,8 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from collections.abc import Coroutine
 
+from protos.program import exit_after
+
 try:
     from uvloop import new_event_loop
 except ImportError:  # not on every platform
@@ -29,7 +31,7 @@ def run(main: Coroutine[None, None, None]) -> None:
 
         def on_signal(number: signal.Signals) -> None:
             if received:
-                os._exit(128 + number)
+                os._exit(exit_after(number))
             received.append(number)
             task.cancel()
 
@@ -44,8 +46,8 @@ def run(main: Coroutine[None, None, None]) -> None:
         except asyncio.CancelledError:
             if not received:
                 raise
-            sys.exit(128 + received[0])
+            sys.exit(exit_after(received[0]))
         except BrokenPipeError:
             # Whoever read has enough; what is buffered still would fail again when the interpreter flushes it.
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-            sys.exit(128 + signal.SIGPIPE)
+            sys.exit(exit_after(signal.SIGPIPE))

@@ -12,6 +12,7 @@ from coordinator.commands.options import insecure_option, mesh_options, model_op
 from coordinator.commands.running import run
 from coordinator.config import ModelSettings, ServeSettings
 from coordinator.progress import LoadProgress
+from coordinator.served_model import ServedModel
 from protos.log import configure_logging
 
 
@@ -58,8 +59,9 @@ def serve(**flags: Any) -> None:  # noqa: ANN401  # click's own dict of flags
 
 
 async def _serve(settings: ServeSettings, grace_s: float) -> None:
+    model = await asyncio.to_thread(ServedModel.open, settings.model)
     with LoadProgress() as progress:
-        coordinator = await Coordinator.start(settings, progress)
+        coordinator = await Coordinator.start(settings, model, progress)
     click.echo(f"serving {settings.model.model} on {coordinator.address}")
     try:
         await coordinator.wait()

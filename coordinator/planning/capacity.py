@@ -6,7 +6,8 @@ import math
 from collections import defaultdict
 from typing import TYPE_CHECKING
 
-from protos.errors import OutOfMemory
+from protos import rpc
+from protos.errors import OutOfMemory, TopologyError
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -17,8 +18,34 @@ if TYPE_CHECKING:
 DEFAULT_KV_TOKENS = 65_536
 """Tokens of KV cache, unless told otherwise or memory is short."""
 
+ROUTE_BYTES = 1024
+"""Beside a row's elements: its experts and their weights, its pages; more than any model asks for."""
+
+OVERHEAD_BYTES = 2**20
+"""Of a message beside its rows; more than it ever takes."""
+
 SHARE = 0.5
 """Part of the memory left beside the weights that the KV cache takes by default; activations and others need some too."""
+
+
+def check_rows(max_rows: int, hidden: int, row_bytes: int) -> None:
+    """Check that the rows of a step fit into one message to a worker.
+
+    Args:
+        max_rows: most rows of a step.
+        hidden: elements of a row.
+        row_bytes: of a row in the wire's dtype.
+
+    Raises:
+        TopologyError: they do not.
+
+    """
+    most = (rpc.MAX_WORKER_REQUEST_BYTES - OVERHEAD_BYTES) // (row_bytes + ROUTE_BYTES)
+    if max_rows > most:
+        raise TopologyError(
+            f"--max-rows is {max_rows}, but a message to a worker takes at most {most} rows of {hidden} elements "
+            f"in this wire's dtype: lower --max-rows or choose a smaller --wire"
+        )
 
 
 def kv_pages(plan: MeshPlan, reports: Sequence[WorkerReport], page_tokens: int, wanted_tokens: int | None) -> int:

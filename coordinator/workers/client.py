@@ -47,6 +47,11 @@ class WorkerClient:
                 DescribeRequest(), timeout=rpc.DESCRIBE_DEADLINE_S, wait_for_ready=wait_for_ready
             )
         except grpc.aio.AioRpcError as error:
+            if error.code() in {grpc.StatusCode.DEADLINE_EXCEEDED, grpc.StatusCode.UNAVAILABLE}:
+                raise WorkerLost(
+                    f"{self._name} does not answer within {rpc.DESCRIBE_DEADLINE_S:g} s: is it running, and is that its address? "
+                    f"({error.details()})"
+                ) from error
             raise self._error(error) from error
         return description
 

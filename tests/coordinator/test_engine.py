@@ -219,7 +219,7 @@ async def test_engine_sleeps_between_requests() -> None:
     ("prompt", "max_tokens", "error", "text"),
     [
         ((1, 100), 1, InvalidArgument, "token id 100 is outside the vocabulary of 100"),
-        ((1,) * 150, 51, InvalidArgument, "150 tokens and max_tokens is 51: together 201, the model's context holds 200"),
+        ((1,) * 150, 51, InvalidArgument, "are 201 tokens together, the model's context holds 200"),
         ((1,) * 10, 31, OutOfMemory, "up to 41 tokens of KV cache, the mesh has 40"),
     ],
 )

@@ -14,6 +14,7 @@ import torch
 from coordinator.app import Coordinator
 from coordinator.client import GenerationClient
 from coordinator.config import ModelSettings, ServeSettings
+from coordinator.served_model import ServedModel
 from protos import generation_pb2
 from shardworker.app import RunningWorker, start_worker
 
@@ -65,6 +66,10 @@ class Completed:
             self.finished = response.finished
 
 
+async def start_coordinator(settings: ServeSettings) -> Coordinator:
+    return await Coordinator.start(settings, ServedModel.open(settings.model), lambda _: None)
+
+
 MeshMaker = Callable[..., AbstractAsyncContextManager[Mesh]]
 
 
@@ -91,14 +96,13 @@ def mesh(tmp_path: Path) -> MeshMaker:
                 worker = await start_worker(f"unix:{sockets}/{number}", device="cpu", threads=torch.get_num_threads())
                 stack.push_async_callback(worker.stop, 0)
                 workers.append(worker)
-            coordinator = await Coordinator.start(
+            coordinator = await start_coordinator(
                 ServeSettings(
                     model=ModelSettings(str(directory), dtype=dtype, wire=wire, quantization=quantization),
                     listen=f"unix:{sockets}/c",
                     workers=tuple(worker.address for worker in workers),
                     **{"shards": shards, "recovery_s": 10.0, **settings},
-                ),
-                lambda _: None,
+                )
             )
             stack.push_async_callback(coordinator.stop, 0)
             yield await stack.enter_async_context(Mesh.connect(coordinator, workers))

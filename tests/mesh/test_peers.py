@@ -10,14 +10,13 @@ import grpc
 import pytest
 import torch
 
-from coordinator.app import Coordinator
 from coordinator.config import ModelSettings, ServeSettings
 from protos import generation_pb2, shardworker_pb2, shardworker_pb2_grpc
 from protos.errors import InvalidArgument, MeshError, NotServing, ProtocolMismatch, TopologyError, WorkerLost
 from protos.rpc import PROTOCOL_VERSION
 from shardworker.app import start_worker
 from shardworker.shard import Shard
-from tests.mesh.conftest import Mesh, MeshMaker
+from tests.mesh.conftest import Mesh, MeshMaker, start_coordinator
 from tests.tiny import make_checkpoint
 
 PROMPT = [5, 6, 7]
@@ -97,7 +96,7 @@ async def test_a_worker_that_cannot_load_ends_the_start(  # noqa: PLR0917  # fix
     server = await _serve_fake(worker, tmp_path / "w")
     try:
         with pytest.raises(error, match=message):
-            await Coordinator.start(_settings(checkpoint, tmp_path, [f"unix:{tmp_path}/w"]), lambda _: None)
+            await start_coordinator(_settings(checkpoint, tmp_path, [f"unix:{tmp_path}/w"]))
     finally:
         worker.silent.set()
         await server.stop(0)
@@ -108,7 +107,7 @@ async def test_a_worker_that_is_not_there_ends_the_start(
 ) -> None:
     monkeypatch.setattr("protos.rpc.DESCRIBE_DEADLINE_S", 0.5)
     with pytest.raises(WorkerLost, match=r"worker unix:.*/w"):
-        await Coordinator.start(_settings(checkpoint, tmp_path, [f"unix:{tmp_path}/w"]), lambda _: None)
+        await start_coordinator(_settings(checkpoint, tmp_path, [f"unix:{tmp_path}/w"]))
 
 
 async def test_too_many_shards_name_the_rule(checkpoint: Path, tmp_path: Path) -> None:
@@ -116,7 +115,7 @@ async def test_too_many_shards_name_the_rule(checkpoint: Path, tmp_path: Path) -
     workers = [await start_worker(address, device="cpu", threads=1) for address in addresses]
     try:
         with pytest.raises(TopologyError, match="8"):
-            await Coordinator.start(_settings(checkpoint, tmp_path, addresses, shards=9), lambda _: None)
+            await start_coordinator(_settings(checkpoint, tmp_path, addresses, shards=9))
     finally:
         for worker in workers:
             await worker.stop(0)
@@ -128,7 +127,7 @@ async def test_an_address_in_use_is_said_before_anything_loads(checkpoint: Path,
             model=ModelSettings(str(checkpoint)), listen=running.coordinator.address, workers=(running.workers[0].address,)
         )
         with pytest.raises(InvalidArgument, match="the address is in use"):
-            await Coordinator.start(settings, lambda _: None)
+            await start_coordinator(settings)
         # The mesh in place did not notice.
         assert len((await running.generate(PROMPT, 4)).tokens) == 4
 
@@ -222,7 +221,7 @@ async def test_two_coordinators_share_workers_without_seeing_each_other(
     async with mesh(checkpoint, 2) as running:
         expected = (await running.generate(PROMPT, 30)).tokens
         settings = _settings(checkpoint, tmp_path, [worker.address for worker in running.workers], shards=2)
-        second = await Coordinator.start(settings, lambda _: None)
+        second = await start_coordinator(settings)
         try:
             async with Mesh.connect(second, running.workers) as other:
                 results = await asyncio.gather(*(one.generate(PROMPT, 30) for one in (running, other) for _ in range(3)))
@@ -230,3 +229,37 @@ async def test_two_coordinators_share_workers_without_seeing_each_other(
         finally:
             await second.stop(0)
         assert (await running.generate(PROMPT, 30)).tokens == expected
+
+
+async def test_rows_that_no_message_could_take_are_refused_at_the_start(checkpoint: Path, mesh: MeshMaker) -> None:
+    with pytest.raises(TopologyError, match=r"--max-rows is 100000, but a message to a worker takes at most \d+ rows of 128"):
+        async with mesh(checkpoint, 1, max_rows=100_000):
+            pass
+
+
+async def test_the_largest_step_fits_and_hurts_no_neighbour(
+    checkpoint: Path, mesh: MeshMaker, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # Messages as small as they may be for 64 rows, and logits of one row at a time.
+    monkeypatch.setattr("protos.rpc.MAX_WORKER_REQUEST_BYTES", 2**20 + 64 * (512 + 1024))
+    monkeypatch.setattr("coordinator.head.REPLY_BYTES", 4 * 512)
+    penalized = {"repetition_penalty": 1.3}
+    async with mesh(checkpoint, 2, max_rows=64) as running:
+        prompts = [[5 + row] * 200 for row in range(4)]
+        expected = [(await running.generate(prompt, 8, sampling=penalized)).tokens for prompt in prompts]
+        together = await asyncio.gather(*(running.generate(prompt, 8, sampling=penalized) for prompt in prompts))
+        assert [result.tokens for result in together] == expected
+        assert (await running.client.mesh()).epoch == 1
+
+
+async def test_a_drain_lets_streams_finish_and_ends_the_rest_with_a_status(checkpoint: Path, mesh: MeshMaker) -> None:
+    async with mesh(checkpoint, 1) as running:
+        short = asyncio.create_task(running.generate(PROMPT, 30))
+        endless = asyncio.create_task(running.generate(PROMPT, 500))
+        await _wait_steps(running, 3)
+        stopping = asyncio.create_task(running.coordinator.stop(1.0))
+        assert len((await short).tokens) == 30
+        with pytest.raises(NotServing, match="the coordinator is shutting down"):
+            await endless
+        await stopping
+        assert not Path(running.coordinator.address.removeprefix("unix:")).exists()

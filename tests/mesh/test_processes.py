@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shlex
 import shutil
 import signal
 import socket
@@ -16,6 +17,7 @@ from pathlib import Path
 
 import psutil
 import pytest
+import torch
 
 from tests.tiny import add_tokenizer, make_checkpoint
 
@@ -134,15 +136,15 @@ def test_a_signal_ends_everything(model: Path, temporary: Path, number: signal.S
     _assert_nothing_left(temporary)
 
 
-def test_a_kill_leaves_nothing(model: Path, temporary: Path) -> None:
+@pytest.mark.parametrize("moment", ["*", "*/worker-1.sock", "*/coordinator.sock"])
+def test_a_kill_at_any_moment_leaves_nothing(model: Path, temporary: Path, moment: str) -> None:
     with _started(temporary, *_embedded(model, "--shards", "2", "--max-tokens", "490", "--json")) as process:
-        while len([path for path in temporary.glob("*/*.sock") if "worker" in path.name]) < 2:
+        while not list(temporary.glob(moment)) or len(_workers(temporary)) < 2:
             assert process.poll() is None
         process.kill()
         process.communicate()
-        psutil.wait_procs(_workers(temporary), timeout=20)
-    assert not _workers(temporary)
-    assert not list(temporary.glob("*/worker-*.sock"))
+        psutil.wait_procs(_workers(temporary), timeout=30)
+    _assert_nothing_left(temporary)
 
 
 def test_a_broken_pipe_ends_quietly(temporary: Path, text_model: Path) -> None:
@@ -182,7 +184,9 @@ def test_a_killed_worker_ends_the_completion_with_one_line(temporary: Path, text
         (("--model", "m", "--prompt", "x", "--temperature", "nan"), "temperature must be"),
         (("--model", "m", "--prompt", "x", "--temperature=-1"), "temperature must be"),
         (("--model", "m", "--prompt", "x", "--top-p", "0"), "top_p must be"),
-        (("--model", "m", "--prompt", "x", "--max-tokens", "0"), "--max-tokens must be"),
+        (("--model", "m", "--prompt", "x", "--max-tokens", "0"), "--max-tokens"),
+        (("--model", "m", "--prompt", "x", "--messages", "/nonexistent/file"), "/nonexistent/file"),
+        (("--model", "m", "--prompt", "x", "--bogus"), "--bogus"),
         (("--model", "m", "--prompt", "x", "--max-tokens", "99999999999"), "99999999999"),
         (("--model", "m", "--prompt", "x", "--coordinator", "127.0.0.1:1"), "--insecure"),
         (("--model", "m", "--prompt", "x", "--shards", "0"), "--shards"),
@@ -191,16 +195,50 @@ def test_a_killed_worker_ends_the_completion_with_one_line(temporary: Path, text
 def test_a_mistake_is_one_clear_line(temporary: Path, arguments: tuple[str, ...], message: str) -> None:
     result = _run(temporary, "generate", *arguments)
     assert result.returncode == 2, result.stderr
-    assert message in result.stderr
-    assert "Traceback" not in result.stderr
+    (line,) = result.stderr.splitlines()
+    assert line.startswith("coordctl: ")
+    assert message in line
     assert result.stdout == ""
     _assert_nothing_left(temporary)
 
 
-def test_an_empty_prompt_and_ids_outside_the_vocabulary_are_refused(model: Path, temporary: Path) -> None:
-    result = _run(temporary, "generate", "--model", model, "--prompt-ids", "5,512")
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("--prompt-ids", "5,512"), "token id 512 is outside the vocabulary of 512"),
+        (("--prompt", ""), "the prompt is empty"),
+        (("--prompt", "x", "--max-tokens", "600"), "the model's context holds 512"),
+        (("--messages", "-"), "chat template"),
+        (("--prompt", "x", "--device", "cuda"), "device cuda: torch finds no CUDA device here"),
+    ],
+)
+def test_a_request_that_the_model_cannot_serve_is_refused_before_loading(
+    text_model: Path, temporary: Path, arguments: tuple[str, ...], message: str
+) -> None:
+    if "cuda" in arguments and torch.cuda.is_available():
+        pytest.skip("there is a CUDA device here")
+    result = _run(temporary, "generate", "--model", text_model, *arguments, stdin='[{"role": "user", "content": "x"}]')
     assert (result.returncode, result.stdout) == (2, "")
-    assert "token id 512 is outside the vocabulary of 512" in result.stderr
+    (line,) = result.stderr.splitlines()
+    assert line.startswith("coordctl: ")
+    assert message in line
+    assert "coordinator unix:" not in line
+    _assert_nothing_left(temporary)
+
+
+@pytest.mark.parametrize("redirection", [">&-", "<&-", "2>&-", ">/dev/full"])
+def test_standard_streams_may_be_closed_or_full(model: Path, temporary: Path, redirection: str) -> None:
+    command = shlex.join([*COORDCTL, *map(str, _embedded(model, "--max-tokens", "2", "--json"))])
+    result = subprocess.run(
+        ["bash", "-c", f"{command} {redirection}"],
+        capture_output=True,
+        text=True,
+        timeout=DEADLINE_S,
+        check=False,
+        env={**os.environ, "TMPDIR": str(temporary)},
+    )
+    assert result.returncode == (1 if "full" in redirection else 0), result.stderr
+    assert result.stderr == ("coordctl: No space left on device\n" if "full" in redirection else "")
     _assert_nothing_left(temporary)
 
 

@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+import contextlib
+import io
 import os
 import signal
 import socket
@@ -7,10 +9,10 @@ import stat
 import subprocess
 import sys
 from typing import TYPE_CHECKING
+from unittest.mock import patch
 
 import pytest
 import torch
-from click.testing import CliRunner
 
 from shardworker import cli
 from shardworker.cli import main
@@ -75,37 +77,50 @@ def test_a_signal_ends_the_worker_and_removes_its_socket(tmp_path: Path, workers
 def test_the_end_of_standard_input_ends_an_embedded_worker(tmp_path: Path, workers: list[Worker]) -> None:
     folder = tmp_path / "mesh"
     folder.mkdir()
-    first, second = (Worker("--listen", f"unix:{folder}/{n}.sock", "--until-stdin-closes") for n in (1, 2))
-    workers += [first, second]
-    assert first.end()[0] == 0
-    assert [path.name for path in folder.iterdir()] == ["2.sock"]
-    assert second.end()[0] == 0
+    (folder / "of-the-parent").touch()
+    worker = Worker("--listen", f"unix:{folder}/w.sock", "--embedded-in", str(folder))
+    workers.append(worker)
+    assert worker.end()[0] == 0
     assert not folder.exists()
+
+
+def test_an_embedded_worker_that_is_told_to_end_leaves_the_folder_to_its_parent(tmp_path: Path, workers: list[Worker]) -> None:
+    folder = tmp_path / "mesh"
+    folder.mkdir()
+    worker = Worker("--listen", f"unix:{folder}/w.sock", "--embedded-in", str(folder))
+    workers.append(worker)
+    worker.process.terminate()
+    assert worker.process.wait(60) == 0
+    assert folder.exists()
+    assert not list(folder.iterdir())
 
 
 PARENT = """
 import os, subprocess, sys
-command = [sys.executable, "-m", "shardworker", "serve", "--device", "cpu", "--until-stdin-closes", "--listen", sys.argv[1]]
-worker = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE)
-worker.stdout.readline()
+folder = sys.argv[1]
+command = [sys.executable, "-m", "shardworker", "serve", "--device", "cpu", "--embedded-in", folder]
+worker = subprocess.Popen([*command, "--listen", f"unix:{folder}/w.sock"], stdin=subprocess.PIPE, stdout=subprocess.PIPE)
+if sys.argv[2] == "listening":
+    worker.stdout.readline()
 print(worker.pid, flush=True)
 sys.stdin.read()
 """
 
 
-def test_a_killed_parent_leaves_nothing(tmp_path: Path) -> None:
+@pytest.mark.parametrize("moment", ["starting", "listening"])
+def test_a_killed_parent_leaves_nothing(tmp_path: Path, moment: str) -> None:
     folder = tmp_path / "mesh"
     folder.mkdir()
     # The worker inherits this pipe too: it ends when the worker has.
     reading, writing = os.pipe()
     parent = subprocess.Popen(
-        [sys.executable, "-c", PARENT, f"unix:{folder}/w.sock"],
+        [sys.executable, "-c", PARENT, str(folder), moment],
         stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=writing, env=ENVIRONMENT,
     )  # fmt: skip
     os.close(writing)
     assert parent.stdout
     assert parent.stdout.readline()
-    assert (folder / "w.sock").exists()
+    assert (folder / "w.sock").exists() or moment == "starting"
     parent.kill()
     parent.communicate()
     with os.fdopen(reading, "rb") as pipe:
@@ -127,13 +142,18 @@ def test_a_free_port_is_taken_and_named_and_is_then_in_use(workers: list[Worker]
 
 def refused(*args: str) -> tuple[int, str]:
     """Exit code and the one line on standard error."""
-    result = CliRunner().invoke(main, ["serve", *args])
-    assert result.stdout == ""
-    assert result.exception is None or isinstance(result.exception, SystemExit)
-    assert "Traceback" not in result.stderr
-    lines = result.stderr.strip().splitlines()
-    assert len([line for line in lines if not line.startswith(("Usage:", "Try '")) and line]) == 1
-    return result.exit_code, result.stderr
+    out, errors = io.StringIO(), io.StringIO()
+    with (
+        patch.object(sys, "argv", ["shardworker", "serve", *args]),
+        contextlib.redirect_stdout(out),
+        contextlib.redirect_stderr(errors),
+        pytest.raises(SystemExit) as end,
+    ):
+        main()
+    assert out.getvalue() == ""
+    (line,) = errors.getvalue().splitlines()
+    assert line.startswith("shardworker: ")
+    return int(str(end.value)), line
 
 
 @pytest.mark.parametrize(
