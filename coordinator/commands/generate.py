@@ -15,9 +15,8 @@ from typing import Any
 import click
 
 from coordinator.client import GenerationClient
-from coordinator.commands.options import device_option, insecure_option, json_option, mesh_options, model_options
+from coordinator.commands.options import device_option, insecure_option, json_option, mesh_options, model_options, model_settings
 from coordinator.commands.running import run
-from coordinator.config import ModelSettings
 from coordinator.embedded import EmbeddedWorkers
 from coordinator.request import MAX_TOP_LOGPROBS, Sampling
 from protos import generation_pb2, rpc
@@ -146,18 +145,11 @@ class Output:
 
 
 async def _generate_embedded(flags: dict[str, Any], request: generation_pb2.GenerateRequest, output: Output) -> None:
-    settings = ModelSettings(
-        model=flags["model"],
-        dtype=flags["dtype"],
-        quantization=flags["quantize"],
-        wire=flags["wire"],
-        random_weights=flags["load_format"] == "random",
-    )
     async with AsyncExitStack() as stack:
         workers = await stack.enter_async_context(EmbeddedWorkers(flags["shards"], flags["device"], flags["threads"]))
         # torch takes seconds to import: here they pass while the workers do the same, and a remote call needs none of it.
         private_mesh = await asyncio.to_thread(importlib.import_module, "coordinator.private_mesh")
-        coordinator = await private_mesh.start_private_mesh(workers, settings, flags["kv_tokens"], request)
+        coordinator = await private_mesh.start_private_mesh(workers, model_settings(flags), flags["kv_tokens"], request)
         stack.push_async_callback(coordinator.stop, grace_s=0)
         output.note_loaded()
         client = await stack.enter_async_context(GenerationClient(coordinator.address))

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, ParamSpec, TypeVar
+from typing import TYPE_CHECKING, Any, ParamSpec, TypeVar
 
 import click
 
-from coordinator.config import DEVICES, DTYPES, QUANTIZATIONS, WIRES
+from coordinator.config import DEVICES, DTYPES, QUANTIZATIONS, WIRES, ModelSettings
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -56,6 +56,17 @@ def mesh_options(command: Callable[P, R]) -> Callable[P, R]:
     ):
         command = option(command)
     return command
+
+
+def model_settings(flags: dict[str, Any]) -> ModelSettings:
+    """Make settings of the flags that `model_options` and `mesh_options` added, and of --model."""
+    return ModelSettings(
+        model=flags["model"],
+        dtype=flags["dtype"],
+        quantization=flags["quantize"],
+        wire=flags["wire"],
+        random_weights=flags["load_format"] == "random",
+    )
 
 
 device_option = click.option(

@@ -8,9 +8,9 @@ from typing import Any
 import click
 
 from coordinator.app import Coordinator
-from coordinator.commands.options import insecure_option, mesh_options, model_options
+from coordinator.commands.options import insecure_option, mesh_options, model_options, model_settings
 from coordinator.commands.running import run
-from coordinator.config import ModelSettings, ServeSettings
+from coordinator.config import ServeSettings
 from coordinator.progress import LoadProgress
 from coordinator.served_model import ServedModel
 from protos.log import configure_logging
@@ -39,13 +39,7 @@ def serve(**flags: Any) -> None:  # noqa: ANN401  # click's own dict of flags
     """Serve a model on workers that run already."""
     configure_logging(flags["log_level"])
     settings = ServeSettings(
-        model=ModelSettings(
-            model=flags["model"],
-            dtype=flags["dtype"],
-            quantization=flags["quantize"],
-            wire=flags["wire"],
-            random_weights=flags["load_format"] == "random",
-        ),
+        model=model_settings(flags),
         listen=flags["listen"],
         workers=tuple(address.strip() for address in flags["workers"].split(",") if address.strip()),
         insecure=flags["insecure"],

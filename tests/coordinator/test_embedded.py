@@ -73,7 +73,8 @@ async def test_workers_run_within_the_context_and_leave_nothing(stub: Stub, tmp_
         assert folder.stat().st_mode & 0o777 == 0o700
         assert len(alive(tmp_path)) == 2
         assert (tmp_path / "arguments-1").read_text() == (
-            f"-m shardworker serve --listen {workers.addresses[1]} --device cpu --threads 3 --log-level error --embedded-in {folder}"
+            f"-m shardworker serve --listen {workers.addresses[1]} "
+            f"--device cpu --threads 3 --log-level error --embedded-in {folder}"
         )
     assert (alive(tmp_path), left_behind(tmp_path)) == ([], [])
 
