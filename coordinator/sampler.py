@@ -2,7 +2,8 @@
 
 The order of cuts is the usual one: penalties, temperature, top-k, top-p, min-p. A draw walks down the remaining
 probabilities, best token first. Where the known candidates do not decide the outcome, `choose` says so by returning None
-and is asked again with all logits; both ways give the same token.
+and is asked again with all logits. Both ways give the same token, but for draws within about 1e-7 of a border: shards send their
+logsumexp in float32.
 """
 
 from __future__ import annotations
@@ -15,6 +16,8 @@ from typing import TYPE_CHECKING
 
 import torch
 
+from protos.rpc import MAX_CANDIDATES
+
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
@@ -23,10 +26,6 @@ if TYPE_CHECKING:
 
 DEFAULT_CANDIDATES = 64
 """Candidates asked of each shard where the cut is by probability: almost always enough."""
-
-MAX_CANDIDATES = 1024
-"""More than that and all logits are cheaper (bound of `Head.num_candidates`)."""
-
 
 SHARDS_TEMPERATURES = (0.05, 100.0)
 """Where a shard's float32 logsumexp of logits / temperature is exact enough to draw by; beyond, all logits are asked for."""

@@ -79,11 +79,6 @@ class Scheduler:
         self.num_preemptions = 0
         self._released: list[SequenceId] = []
 
-    @property
-    def has_work(self) -> bool:
-        """Whether `schedule` would return a step."""
-        return bool(self.waiting or self.running)
-
     def add(self, sequence: Sequence) -> None:
         """Queue a new sequence.
 

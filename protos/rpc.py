@@ -18,6 +18,9 @@ MAX_WORKER_REPLY_BYTES = 256 * 1024 * 1024
 MAX_CALLER_BYTES = 4 * 1024 * 1024
 """Largest message from or to a caller: a prompt."""
 
+MAX_CANDIDATES = 1024
+"""Most candidates that a shard gives for a row (`Head.num_candidates`); who needs more takes all logits."""
+
 MAX_CONCURRENT_STREAMS = 1024
 """Calls that one connection may have open at once."""
 

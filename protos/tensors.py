@@ -29,7 +29,6 @@ TORCH_DTYPES = {
     tensor_pb2.DTYPE_F16: torch.float16,
     tensor_pb2.DTYPE_I32: torch.int32,
 }
-WIRE_DTYPES = {value: key for key, value in TORCH_DTYPES.items()}
 
 # Received bytes are read-only; decoded tensors are only ever read, so torch's warning about them says nothing here.
 warnings.filterwarnings("ignore", message="The given buffer is not writable", category=UserWarning)

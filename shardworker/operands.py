@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+import torch
+
 from protos import shardworker_pb2 as pb
 from protos import tensor_pb2
 from protos.errors import InvalidArgument
@@ -11,8 +13,6 @@ from protos.tensors import decode
 from shardworker.shard import Routing
 
 if TYPE_CHECKING:
-    import torch
-
     from shardworker.shard import Shard
 
 
@@ -40,13 +40,17 @@ def checked_tensor(message: tensor_pb2.Tensor, name: str, dtype: tensor_pb2.DTyp
     """Decode a tensor on the CPU.
 
     Raises:
-        InvalidArgument: another dtype (unless None is wanted, which is any) or shape, or data that does not fit.
+        InvalidArgument: another dtype (unless None is wanted, which is any) or shape, data that does not fit, or, with a
+            dtype wanted, a number that is not finite.
 
     """
     if len(message.shape) != len(shape) or tuple(message.shape) != shape or (dtype is not None and message.dtype != dtype):
         wanted = f"{list(shape)}" if dtype is None else f"{tensor_pb2.DType.Name(dtype)} {list(shape)}"
         raise InvalidArgument(f"{name}: wanted {wanted}, found dtype {message.dtype} {message.shape[:8]}")
-    return decode(message)
+    tensor = decode(message)
+    if dtype == tensor_pb2.DTYPE_F32 and not bool(torch.isfinite(tensor).all()):
+        raise InvalidArgument(f"{name}: wanted finite numbers, found NaN or infinity")
+    return tensor
 
 
 def routing_of(shard: Shard, action: pb.FeedForward, num_rows: int) -> Routing | None:

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 
 from protos import plan_pb2 as pb
 from protos import tensor_pb2
+from protos.digest import DIGEST_BYTES
 from protos.errors import InvalidArgument
 
 if TYPE_CHECKING:
@@ -15,7 +16,6 @@ if TYPE_CHECKING:
 MAX_DIMENSIONS = 3
 _DTYPES = (tensor_pb2.DTYPE_F32, tensor_pb2.DTYPE_BF16, tensor_pb2.DTYPE_F16)
 _QUANTIZATIONS = (pb.QUANTIZATION_NONE, pb.QUANTIZATION_INT8, pb.QUANTIZATION_INT4)
-_DIGEST_BYTES = 32
 
 
 def require(condition: bool, text: str) -> None:  # noqa: FBT001  # reads as a sentence
@@ -163,4 +163,4 @@ def _check_files(plan: pb.ShardPlan) -> None:
     for file in plan.files:
         plain = bool(file.name) and file.name not in {".", ".."} and not set(file.name) & {"/", "\\", "\0"}
         require(plain, f"file name {file.name!r} is no plain name")
-        require(len(file.fingerprint) == _DIGEST_BYTES, f"file {file.name}: its fingerprint has {len(file.fingerprint)} bytes")
+        require(len(file.fingerprint) == DIGEST_BYTES, f"file {file.name}: its fingerprint has {len(file.fingerprint)} bytes")

@@ -16,7 +16,7 @@ import torch
 from protos import shardworker_pb2 as pb
 from protos import tensor_pb2
 from protos.errors import InvalidArgument, MeshError, PlanMismatch, StepMismatch
-from protos.rpc import MAX_WORKER_REPLY_BYTES
+from protos.rpc import MAX_CANDIDATES, MAX_WORKER_REPLY_BYTES
 from protos.tensors import encode
 from shardworker.kernels.attention import causal_mask
 from shardworker.kv import KvPool
@@ -31,7 +31,6 @@ if TYPE_CHECKING:
     from shardworker.shard import Shard
 
 MAX_OPEN_STEPS = 2
-MAX_CANDIDATES = 1024
 REPLY_HEADER_BYTES = 1024
 """More than a response takes besides its tensor."""
 

@@ -144,10 +144,6 @@ class Shard:
         joined = mixed[0] if len(mixed) == 1 else torch.cat(mixed)
         return weights.o.matmul(joined.reshape(qkv.shape[0], -1), weights.o_bias)
 
-    def is_moe(self, layer: int) -> bool:
-        """Whether a layer has routed experts."""
-        return isinstance(self._weights.layers[layer].feed_forward, ExpertsWeights)
-
     def num_experts(self, layer: int) -> int:
         """Routed experts of a layer; 0 in dense ones."""
         weights = self._weights.layers[layer].feed_forward

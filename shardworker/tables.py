@@ -118,8 +118,8 @@ class PageTables:
                 if page >= self._num_pages:
                     raise InvalidArgument(f"sequence {rows.sequence}: page {page} of {self._num_pages}")
                 if page in taken or (page in self._owners and page not in given):
-                    holder = self._owners.get(page, "this batch")
-                    raise InvalidArgument(f"sequence {rows.sequence}: page {page} is in use by sequence {holder}")
+                    holder = f"sequence {self._owners[page]}" if page in self._owners else "another place of this batch"
+                    raise InvalidArgument(f"sequence {rows.sequence}: page {page} is in use by {holder}")
                 taken.add(page)
 
     def _pages(self, sequence: int) -> list[int]:

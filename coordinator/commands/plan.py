@@ -48,7 +48,7 @@ def plan(model: str, shards: int, dtype: str, quantize: str, load_format: str, *
     directory = resolve(model, weights=False)
     config = read_config(directory)
     spec = describe(config)
-    checkpoint = _open_checkpoint(model, directory, load_format)
+    checkpoint = _open_checkpoint(directory, load_format)
     mesh = plan_mesh(
         spec,
         checkpoint,
@@ -65,11 +65,12 @@ def plan(model: str, shards: int, dtype: str, quantize: str, load_format: str, *
         outline.print(Console() if sys.stdout.isatty() else Console(width=_FILE_WIDTH))
 
 
-def _open_checkpoint(model: str, directory: Path, load_format: str) -> Checkpoint | None:
+def _open_checkpoint(directory: Path, load_format: str) -> Checkpoint | None:
     if load_format == "random":
         return None
-    # What is on the hub is planned without its weights, unless they are here already.
-    if Path(model).is_dir() or has_weights(directory):
+    # Without weights, of a hub id or of a folder that has only its config.json, the configuration is enough; a folder that has
+    # some of its weights is looked into, and says which are missing.
+    if has_weights(directory) or any(directory.glob("*.safetensors*")):
         return Checkpoint.open(directory)
     return None
 

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import json
+import sys
 
 import click
 from google.protobuf.json_format import MessageToDict
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 
 from coordinator.client import GenerationClient
@@ -23,6 +25,9 @@ from protos.generation_pb2 import GetMeshResponse, GetModelResponse, MeshWorker
 def status(coordinator: str, *, insecure: bool, as_json: bool) -> None:
     """Show workers, epoch, plan, load and health."""
     run(_status(rpc.check_address(coordinator, insecure=insecure), as_json=as_json))
+
+
+FILE_WIDTH = 200
 
 
 async def _status(address: str, *, as_json: bool) -> None:
@@ -53,9 +58,11 @@ def _as_dict(model: GetModelResponse, mesh: GetMeshResponse) -> dict[str, object
 
 
 def _print(model: GetModelResponse, mesh: GetMeshResponse) -> None:
-    console = Console()
+    # Without a terminal there is no width to keep to.
+    console = Console() if sys.stdout.isatty() else Console(width=FILE_WIDTH)
     health = "[green]serving[/green]" if mesh.serving else "[red]not serving[/red]"
-    console.print(f"{model.model} ({model.family}) on {mesh.num_shards} shards: {health}, epoch {mesh.epoch}")
+    assignment = f"epoch {mesh.epoch}, plan {mesh.plan_digest.hex()[:12]}"
+    console.print(f"{model.model} ({model.family}) on {mesh.num_shards} shards: {health}, {assignment}")
     table = Table("worker", "role", "device", "threads", "weights", "KV", "free memory", "peak RSS", box=None)
     for worker in mesh.workers:
         table.add_row(*_row(worker))
@@ -63,13 +70,14 @@ def _print(model: GetModelResponse, mesh: GetMeshResponse) -> None:
     load = mesh.load
     console.print(
         f"{load.running} running, {load.waiting} waiting, KV {load.used_pages * load.page_tokens} of "
-        f"{load.total_pages * load.page_tokens} tokens, {load.completion_tokens} tokens generated in {load.steps} steps"
+        f"{load.total_pages * load.page_tokens} tokens, {load.completion_tokens} tokens generated "
+        f"in {load.steps} steps, {load.preemptions} preemptions"
     )
 
 
 def _row(worker: MeshWorker) -> tuple[str, ...]:
     if not worker.reachable:
-        return worker.address, "[red]unreachable[/red]", "", "", "", "", "", ""
+        return worker.address, f"[red]unreachable[/red]: {escape(worker.error)}", "", "", "", "", "", ""
     sizes = (worker.weights_bytes, worker.kv_bytes, worker.memory_free_bytes, worker.peak_rss_bytes)
     return (
         worker.address,

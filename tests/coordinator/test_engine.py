@@ -170,7 +170,8 @@ async def test_fail_ends_every_stream_exactly_once_with_the_error() -> None:
             await collect(completion)
         assert completion._events.empty()
     await asyncio.wait_for(engine.wait_idle(), 1)
-    assert not engine.scheduler.has_work
+    assert not engine.scheduler.waiting
+    assert not engine.scheduler.running
     assert engine.scheduler.pool.num_used == 0
 
 

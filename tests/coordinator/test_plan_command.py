@@ -123,13 +123,27 @@ def test_model_on_the_hub_is_planned_without_its_weights(tmp_path: Path, monkeyp
     assert not found["headers_checked"]
 
 
+def test_folder_with_config_alone_is_planned_from_that(tmp_path: Path) -> None:
+    found = as_json("--model", config_alone(tmp_path, "intellect-3"), "--shards", 8)
+    assert found["parameters"] == 106_852_251_264
+    assert not found["headers_checked"]
+
+
+def test_folder_with_some_of_its_weights_says_which_are_missing(tmp_path: Path) -> None:
+    model = config_alone(tmp_path, "intellect-3")
+    index = {"weight_map": {"model.norm.weight": "model-00001-of-00001.safetensors"}}
+    (model / "model.safetensors.index.json").write_text(json.dumps(index))
+    result = run("--model", model)
+    assert isinstance(result.exception, ModelError)
+    assert "model-00001-of-00001.safetensors" in str(result.exception)
+
+
 @pytest.mark.parametrize(
     ("arguments", "error", "message"),
     [
         (["--shards", "0"], TopologyError, "at least 1 shard, found 0"),
         (["--shards", "-2"], TopologyError, "at least 1 shard, found -2"),
         (["--shards", "64"], TopologyError, "at most into 44: use fewer shards"),
-        (["--load-format", "auto"], ModelError, r"has neither model\.safetensors nor"),
     ],
 )
 def test_mistake_is_an_error_of_ours(tmp_path: Path, arguments: list[str], error: type[MeshError], message: str) -> None:

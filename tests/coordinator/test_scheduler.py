@@ -318,7 +318,8 @@ def test_cancelled_while_waiting_leaves_the_queue() -> None:
     assert not scheduler.waiting
     scheduler.finish(first)
     assert scheduler.schedule() is None
-    assert not scheduler.has_work
+    assert not scheduler.waiting
+    assert not scheduler.running
 
 
 def spans(total: int) -> Iterator[tuple[int, int]]:

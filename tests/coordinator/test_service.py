@@ -122,12 +122,14 @@ class Scene:
     async def refusal(self, request: GenerateRequest) -> grpc.aio.AioRpcError:
         with pytest.raises(grpc.aio.AioRpcError) as raised:
             await self.all(request)
-        assert not self.engine.scheduler.has_work
+        assert not self.engine.scheduler.waiting
+        assert not self.engine.scheduler.running
         return raised.value
 
     async def wait_idle(self) -> None:
         await asyncio.wait_for(self.engine.wait_idle(), 5)
-        assert not self.engine.scheduler.has_work
+        assert not self.engine.scheduler.waiting
+        assert not self.engine.scheduler.running
         assert self.engine.scheduler.pool.num_used == 0
 
 
@@ -268,7 +270,7 @@ def with_arguments(**arguments: float) -> Chat:
         (GenerateRequest(text="x", sampling=Sampling(temperature=-1)), "temperature must be >= 0"),
         (GenerateRequest(text="x", sampling=Sampling(top_p=0)), "top_p must be in"),
         (GenerateRequest(text="x", sampling=Sampling(min_p=2)), "min_p must be in"),
-        (GenerateRequest(text="x", sampling=Sampling(repetition_penalty=0)), "repetition_penalty must be > 0"),
+        (GenerateRequest(text="x", sampling=Sampling(repetition_penalty=0)), "repetition_penalty must be in"),
         (GenerateRequest(text="x", sampling=Sampling(presence_penalty=9)), "presence_penalty must be in"),
         (GenerateRequest(chat=Chat()), "the chat has no messages"),
         (GenerateRequest(chat=with_arguments(**{"raise": 1})), "the chat template refuses: no"),
@@ -356,7 +358,8 @@ async def test_stop_text_stops_the_work_though_the_caller_is_slow(scene: Scene) 
             if response.WhichOneof("event") == "finished":
                 break
         # The caller has the end in hand and the call is not over, but nothing works for it any more.
-        assert not scene.engine.scheduler.has_work
+        assert not scene.engine.scheduler.waiting
+        assert not scene.engine.scheduler.running
 
 
 async def test_stop_text_needs_no_further_step(scene: Scene) -> None:

@@ -45,7 +45,7 @@ def invoke(*arguments: str, stdin: str | bytes | None = None) -> Result:
         (["--top-p", "0"], "top_p must be in (0, 1], found 0.0"),
         (["--top-p", "1.5"], "top_p must be in (0, 1]"),
         (["--min-p", "nan"], "min_p must be in [0, 1]"),
-        (["--repetition-penalty", "0"], "repetition_penalty must be > 0"),
+        (["--repetition-penalty", "0"], "repetition_penalty must be in [0.01, 100]"),
         (["--presence-penalty", "3"], "presence_penalty must be in [-2, 2]"),
         (["--frequency-penalty", "nan"], "frequency_penalty must be in"),
         (["--stop", "ok", "--stop", "\udcff"], "--stop is not valid UTF-8"),
