@@ -29,6 +29,18 @@ _MAX_PRODUCT = 2**31 - 1
 _SILU = ("silu", "swish")
 
 
+_NEUTRAL = {
+    "attn_logit_softcapping": None,
+    "final_logit_softcapping": None,
+    "attention_multiplier": None,
+    "embedding_multiplier": 1.0,
+    "residual_multiplier": 1.0,
+    "logits_scaling": 1.0,
+    "logit_scale": 1.0,
+}
+"""What relatives of the supported families (Gemma 2, Granite, Cohere) compute besides; at these values it does nothing."""
+
+
 def decoder(
     config: Config,
     family: str,
@@ -144,8 +156,6 @@ def refuse_sliding_window(config: Config, *, in_use: bool = True) -> None:
         in_use: whether the family, by its own switches, applies the window that the config names.
 
     """
-    if any(kind != "full_attention" for kind in config.texts("layer_types")):
-        raise config.refuse("layer_types", "only layers of full_attention are")
     window = config.integer("sliding_window", default=0, minimum=0, maximum=_MAX_PRODUCT)
     if in_use and 0 < window < context_tokens(config) and not config.has("layer_types"):
         raise config.refuse("sliding_window", f"attention covers the whole context of {context_tokens(config)} tokens")
@@ -193,6 +203,11 @@ def _refuse_unsupported(config: Config) -> None:
     activation = config.text("hidden_act", default="silu")
     if activation not in _SILU:
         raise config.refuse("hidden_act", f"supported are {', '.join(_SILU)}")
+    if any(kind != "full_attention" for kind in config.texts("layer_types")):
+        raise config.refuse("layer_types", "only layers of full_attention are")
+    for key, neutral in _NEUTRAL.items():
+        if config.has(key) and config.values[key] != neutral:
+            raise config.refuse(key, "the supported families compute without it")
     for key in ("quantization_config", "compression_config"):
         if section := config.section(key):
             method = section.text("quant_method", default="unknown")

@@ -158,6 +158,10 @@ def test_unused_window_is_no_obstacle() -> None:
 
 
 REFUSED: list[tuple[str, dict[str, Any], str]] = [
+    ("llama-3.1-8b", {"final_logit_softcapping": 30.0}, "final_logit_softcapping = 30.0 is not supported"),
+    ("llama-3.1-8b", {"residual_multiplier": 0.22}, "residual_multiplier = 0.22 is not supported"),
+    ("llama-3.1-8b", {"layer_types": ["sliding_attention"]}, "layer_types = "),
+    ("qwen3-30b-a3b", {"rope_scaling": {"type": "default", "mrope_section": [16, 24, 24]}}, "mrope_section = "),
     ("llama-3.1-8b", {"hidden_act": "gelu"}, 'hidden_act = "gelu" is not supported: supported are silu, swish'),
     (
         "mixtral-8x7b",
