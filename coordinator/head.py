@@ -93,6 +93,8 @@ class Head:
         shapes = [tuple(tensor.shape) for tensor in (result.candidates, result.logits, result.logsumexp)]
         if shapes != [(rows, listed), (rows, listed), (rows, 2)]:
             raise WrongResult(f"shard {shard} answered candidates of shapes {shapes}, wanted {rows} rows of {listed}")
+        if result.logsumexp.dtype != tensor_pb2.DTYPE_F64:
+            raise WrongResult(f"shard {shard} answered a logsumexp of dtype {result.logsumexp.dtype}, wanted F64")
         ids, logits, logsumexp = decode(result.candidates), decode(result.logits), decode(result.logsumexp)
         start = sum(self.shard_vocabularies[:shard])
         end = start + self.shard_vocabularies[shard]
@@ -118,7 +120,7 @@ class Head:
 
 @dataclass(frozen=True, slots=True)
 class _Listed:
-    """One shard's candidates: ids and logits [rows, c], logsumexp [rows, 2]."""
+    """One shard's candidates: ids and logits [rows, c], logsumexp f64 [rows, 2]."""
 
     ids: torch.Tensor
     logits: torch.Tensor

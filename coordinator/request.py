@@ -10,6 +10,8 @@ from protos.errors import InvalidArgument
 
 MAX_TOP_LOGPROBS = 20
 MAX_PENALTY = 2.0
+REPETITION_PENALTIES = (0.01, 100.0)
+"""Beyond, logits leave what a float holds sooner than a penalty makes sense."""
 MAX_SEED = 2**64
 GREEDY_BELOW = 1e-5
 """Temperatures below it are greedy: logits divided by them would leave what a float holds."""
@@ -46,7 +48,10 @@ class Sampling:
         _check("top_k", self.top_k, self.top_k >= 0, ">= 0 (0 means all)")
         _check("top_p", self.top_p, 0 < self.top_p <= 1, "in (0, 1]")
         _check("min_p", self.min_p, 0 <= self.min_p <= 1, "in [0, 1]")
-        _check("repetition_penalty", self.repetition_penalty, 0.01 <= self.repetition_penalty <= 100, "in [0.01, 100]")  # noqa: PLR2004
+        least, most = REPETITION_PENALTIES
+        _check(
+            "repetition_penalty", self.repetition_penalty, least <= self.repetition_penalty <= most, f"in [{least:g}, {most:g}]"
+        )
         for name in ("presence_penalty", "frequency_penalty"):
             value = getattr(self, name)
             _check(name, value, abs(value) <= MAX_PENALTY, f"in [-{MAX_PENALTY:g}, {MAX_PENALTY:g}]")

@@ -13,8 +13,9 @@ from coordinator.models.spec import MoeSpec, Role
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-    from coordinator.models.checkpoint import Checkpoint, TensorEntry
+    from coordinator.models.checkpoint import Checkpoint
     from coordinator.models.spec import ModelSpec
+    from protos.safetensors_header import TensorEntry
 
 _DTYPES = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
 

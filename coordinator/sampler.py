@@ -2,8 +2,8 @@
 
 The order of cuts is the usual one: penalties, temperature, top-k, top-p, min-p. A draw walks down the remaining
 probabilities, best token first. Where the known candidates do not decide the outcome, `choose` says so by returning None
-and is asked again with all logits. Both ways give the same token, but for draws within about 1e-7 of a border: shards send their
-logsumexp in float32.
+and is asked again with all logits. Both ways give the same token, but for a draw that meets the border between two tokens to
+within the rounding of float64 sums (about 1e-15): the shards' logsumexp is float64 too.
 """
 
 from __future__ import annotations
@@ -26,9 +26,6 @@ if TYPE_CHECKING:
 
 DEFAULT_CANDIDATES = 64
 """Candidates asked of each shard where the cut is by probability: almost always enough."""
-
-SHARDS_TEMPERATURES = (0.05, 100.0)
-"""Where a shard's float32 logsumexp of logits / temperature is exact enough to draw by; beyond, all logits are asked for."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,8 +54,6 @@ def candidates_wanted(sampling: Sampling, num_top: int | None) -> int | None:
     report = num_top or 0
     if sampling.greedy:
         return report + 1
-    if not sampling.top_k and not SHARDS_TEMPERATURES[0] <= sampling.temperature <= SHARDS_TEMPERATURES[1]:
-        return None
     keep = sampling.top_k or DEFAULT_CANDIDATES
     wanted = max(keep, report) + 1
     return wanted if wanted <= MAX_CANDIDATES else None

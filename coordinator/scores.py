@@ -62,7 +62,7 @@ def merge_candidates(
     Args:
         ids: of each shard, i32 [rows, c].
         logits: of each shard, f32 [rows, c], best first.
-        logsumexps: of each shard, f32 [rows, 2]: plain and scaled by temperature.
+        logsumexps: of each shard, f64 [rows, 2]: plain and scaled by temperature.
         complete: of each shard, whether its c candidates are all of its vocabulary.
 
     """
@@ -77,7 +77,7 @@ def merge_candidates(
     all_ids, all_logits = all_ids.gather(1, by_id), all_logits.gather(1, by_id)
     ordered, order = torch.sort(all_logits, dim=1, descending=True, stable=True)
     ordered_ids = all_ids.gather(1, order)
-    normalizers = torch.logsumexp(torch.stack([shard.double() for shard in logsumexps]), dim=0)  # [rows, 2]
+    normalizers = torch.logsumexp(torch.stack(list(logsumexps)), dim=0)  # [rows, 2]
     scores = []
     for row, floor in enumerate(floors.tolist()):
         # Several tokens may share the floor's logit and only some of them be listed: those are not certain. The first one

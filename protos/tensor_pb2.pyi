@@ -15,12 +15,14 @@ class DType(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
     DTYPE_F16: _ClassVar[DType]
     DTYPE_I32: _ClassVar[DType]
     DTYPE_INT8_BLOCK32: _ClassVar[DType]
+    DTYPE_F64: _ClassVar[DType]
 DTYPE_UNSPECIFIED: DType
 DTYPE_F32: DType
 DTYPE_BF16: DType
 DTYPE_F16: DType
 DTYPE_I32: DType
 DTYPE_INT8_BLOCK32: DType
+DTYPE_F64: DType
 
 class Tensor(_message.Message):
     __slots__ = ("dtype", "shape", "data")

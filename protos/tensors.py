@@ -28,6 +28,7 @@ TORCH_DTYPES = {
     tensor_pb2.DTYPE_BF16: torch.bfloat16,
     tensor_pb2.DTYPE_F16: torch.float16,
     tensor_pb2.DTYPE_I32: torch.int32,
+    tensor_pb2.DTYPE_F64: torch.float64,
 }
 
 # Received bytes are read-only; decoded tensors are only ever read, so torch's warning about them says nothing here.

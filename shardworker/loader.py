@@ -18,7 +18,7 @@ from protos.errors import ModelError, OutOfMemory, PlanMismatch
 from protos.fingerprint import file_fingerprint
 from shardworker.kernels.linear import DenseWeight
 from shardworker.memory import device_memory
-from shardworker.safetensors_file import SafetensorsFile, StoredTensor
+from shardworker.safetensors_file import SafetensorsFile
 from shardworker.weights import META, Fill, Layout
 
 if TYPE_CHECKING:
@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     from types import TracebackType
 
     from protos.plan_pb2 import ShardPlan, TensorSlice
+    from protos.safetensors_header import TensorEntry
     from shardworker.weights import ShardWeights
 
 STAGING_BYTES = 8 << 20
@@ -46,7 +47,7 @@ class LoadCancelled(PlanMismatch):
 class TensorSource(Protocol):
     """Where a checkpoint's bytes come from."""
 
-    def find(self, name: str) -> StoredTensor:
+    def find(self, name: str) -> TensorEntry:
         """Dtype, shape and place of a tensor. Raises `ModelError` where there is none."""
 
     def read_into(self, file: str, offset: int, buffer: memoryview) -> None:
@@ -66,7 +67,7 @@ class Folder:
         folder = Path(directory)
         if not directory or "\0" in directory or not folder.is_dir():
             raise ModelError(f"no folder {directory!r} on this worker: mount the model's files where the coordinator has them")
-        self._tensors: dict[str, StoredTensor] = {}
+        self._tensors: dict[str, TensorEntry] = {}
         self._files: dict[str, SafetensorsFile] = {}
         with ExitStack() as stack:
             for wanted in plan.files:
@@ -89,7 +90,7 @@ class Folder:
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
         self._close.close()
 
-    def find(self, name: str) -> StoredTensor:
+    def find(self, name: str) -> TensorEntry:
         """Dtype, shape and place of a tensor."""
         if (tensor := self._tensors.get(name)) is None:
             raise ModelError(f"the checkpoint has no tensor {name!r} in its files {', '.join(self._files)}")
@@ -110,7 +111,7 @@ def _fingerprint(path: Path, name: str) -> bytes:
 class Matrix(NamedTuple):
     """A rectangle of a stored tensor of two dimensions, or of one plane of a stored tensor of three."""
 
-    stored: StoredTensor
+    stored: TensorEntry
     offset: int
     """Of its first element in the file, bytes."""
     rows: int

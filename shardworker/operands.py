@@ -23,8 +23,8 @@ def hidden_rows(shard: Shard, message: tensor_pb2.Tensor, num_rows: int) -> torc
         InvalidArgument: it is not that.
 
     """
-    if message.dtype == tensor_pb2.DTYPE_I32:
-        raise InvalidArgument("hidden: wanted a float dtype, found I32")
+    if message.dtype in (tensor_pb2.DTYPE_I32, tensor_pb2.DTYPE_F64):
+        raise InvalidArgument(f"hidden: wanted F32, BF16, F16 or INT8_BLOCK32, found {tensor_pb2.DType.Name(message.dtype)}")
     return checked_tensor(message, "hidden", None, (num_rows, shard.hidden)).to(shard.device, shard.dtype)
 
 

@@ -239,17 +239,17 @@ def _head(shard: Shard, action: pb.Head) -> pb.ExecuteResponse:
     if action.logits:
         num_bytes = rows * length(shard.plan.vocabulary) * torch.float32.itemsize
         if num_bytes > MAX_WORKER_REPLY_BYTES - REPLY_HEADER_BYTES:
-            raise InvalidArgument(f"logits of {rows} rows are {num_bytes} bytes, over the limit of a reply: ask for fewer rows")
+            raise InvalidArgument(f"logits take {num_bytes} bytes (rows: {rows}), over the limit of a reply: ask for fewer rows")
         return pb.ExecuteResponse(head=pb.HeadResult(logits=encode(shard.logits(hidden), f32)))
     if not 1 <= action.num_candidates <= MAX_CANDIDATES:
         raise InvalidArgument(f"num_candidates: wanted 1 to {MAX_CANDIDATES}, found {action.num_candidates}")
-    temperatures = torch.tensor(action.temperatures, dtype=torch.float32)
+    temperatures = torch.tensor(action.temperatures, dtype=torch.float64)
     if temperatures.shape != (rows,) or not bool((temperatures > 0).all() and temperatures.isfinite().all()):
-        raise InvalidArgument(f"temperatures: wanted one above 0 for each of {rows} rows, found {list(action.temperatures)[:8]}")
+        raise InvalidArgument(f"temperatures: wanted one above 0 for each row ({rows}), found {list(action.temperatures)[:8]}")
     found = shard.candidates(hidden, action.num_candidates, temperatures)
     result = pb.HeadResult(
         candidates=encode(found.ids, tensor_pb2.DTYPE_I32),
         logits=encode(found.logits, f32),
-        logsumexp=encode(found.logsumexp, f32),
+        logsumexp=encode(found.logsumexp, tensor_pb2.DTYPE_F64),
     )
     return pb.ExecuteResponse(head=result)

@@ -56,7 +56,7 @@ class Candidates(NamedTuple):
 
     ids: torch.Tensor  # int32 [rows, c], of the whole vocabulary
     logits: torch.Tensor  # float32 [rows, c]
-    logsumexp: torch.Tensor  # float32 [rows, 2]: of the logits, and of the logits over the temperature
+    logsumexp: torch.Tensor  # float64 [rows, 2]: of the logits, and of the logits over the temperature
 
 
 class Shard:
@@ -172,10 +172,12 @@ class Shard:
         return functional.linear(hidden, self._weights.head).float()
 
     def candidates(self, hidden: torch.Tensor, count: int, temperatures: torch.Tensor) -> Candidates:
-        """Pick the best `count` tokens of each row, best first, equal logits by lower id; `temperatures` is [rows]."""
+        """Pick the best `count` tokens of each row, best first, equal logits by lower id; `temperatures` is float64 [rows]."""
         logits = self.logits(hidden)
-        both = torch.stack((logits, logits / temperatures.to(self.device).unsqueeze(-1)), 1)
-        logsumexp = both.logsumexp(-1)
+        wide = logits.double()
+        plain = wide.logsumexp(-1)
+        scaled = plain if bool((temperatures == 1).all()) else (wide / temperatures.to(self.device).unsqueeze(-1)).logsumexp(-1)
+        logsumexp = torch.stack((plain, scaled), -1)
         ids = best(logits, min(count, logits.shape[-1]))
         return Candidates((ids + self.plan.vocabulary.start).int(), logits.gather(-1, ids), logsumexp)
 

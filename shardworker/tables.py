@@ -20,7 +20,7 @@ class HeldPosition(PositionMismatch):
     """A sequence does not stand where the coordinator thinks it does."""
 
     def __init__(self, sequence: int, wanted: int, position: int) -> None:
-        super().__init__(f"sequence {sequence}: wanted position {wanted}, the worker holds {position} tokens: begin it anew at 0")
+        super().__init__(f"sequence {sequence}: wanted position {wanted}, the worker stands at {position}: begin it anew at 0")
         self.sequence = sequence
         self.position = position
 
@@ -85,8 +85,8 @@ class PageTables:
                 given.update(table.pages[kept:])
             if kept + len(rows.pages) != (wanted := self._count(rows.position + rows.num_rows)):
                 raise InvalidArgument(
-                    f"sequence {rows.sequence}: {rows.position} + {rows.num_rows} tokens need {wanted} pages, "
-                    f"found {kept} held and {len(rows.pages)} new ones"
+                    f"sequence {rows.sequence}: pages for positions below {rows.position + rows.num_rows}: wanted {wanted}, "
+                    f"found {kept} held and {len(rows.pages)} new"
                 )
         self._check_pages(batch, given)
 

@@ -7,15 +7,14 @@ the plan is made from that alone.
 from __future__ import annotations
 
 import json
-import sys
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import click
-from rich.console import Console
 from rich.table import Table
 
+from coordinator.commands.console import show_bytes, table_console
 from coordinator.commands.options import json_option, model_options
 from coordinator.config import DTYPES, QUANTIZATIONS
 from coordinator.models.checkpoint import Checkpoint, has_weights
@@ -29,13 +28,10 @@ from coordinator.planning.sizes import column_ranges
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
+    from rich.console import Console
+
     from coordinator.models.spec import ModelSpec
     from coordinator.planning.slicing import Span
-
-_FILE_WIDTH = 200
-_GIB = 2**30
-_MIB = 2**20
-_KIB = 2**10
 
 
 @click.command()
@@ -61,8 +57,7 @@ def plan(model: str, shards: int, dtype: str, quantize: str, load_format: str, *
     if as_json:
         click.echo(json.dumps(outline.as_dict()))
     else:
-        # Without a terminal there is no width to keep to.
-        outline.print(Console() if sys.stdout.isatty() else Console(width=_FILE_WIDTH))
+        outline.print(table_console())
 
 
 def _open_checkpoint(directory: Path, load_format: str) -> Checkpoint | None:
@@ -129,7 +124,7 @@ class Outline:
         }
 
     def print(self, console: Console) -> None:
-        """Print a table, one line for each shard."""
+        """Print a table, one line for each shard; ranges are half-open start:end (length)."""
         spec, mesh = self.spec, self.mesh
         quantized = "" if self.quantization == "none" else f", {self.quantization} weights"
         console.print(
@@ -156,17 +151,9 @@ class Outline:
             console.print("Planned from config.json alone: no weights were looked at.", highlight=False)
 
 
-def show_bytes(num_bytes: int) -> str:
-    """Write bytes in the unit in which they read best."""
-    for unit, size in (("GiB", _GIB), ("MiB", _MIB), ("KiB", _KIB)):
-        if num_bytes >= size:
-            return f"{num_bytes // size} {unit}" if num_bytes % size == 0 else f"{num_bytes / size:.2f} {unit}"
-    return f"{num_bytes} B"
-
-
 def _show_count(count: int) -> str:
     return f"{count / 1e9:.2f} billion" if count >= 10**9 else f"{count / 1e6:.2f} million"
 
 
 def _show_spans(spans: Sequence[Span]) -> list[str]:
-    return [f"{start}-{end - 1} ({end - start})" for start, end in spans]
+    return [f"{start}:{end} ({end - start})" for start, end in spans]

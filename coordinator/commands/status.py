@@ -3,19 +3,21 @@
 from __future__ import annotations
 
 import json
-import sys
 
 import click
 from google.protobuf.json_format import MessageToDict
-from rich.console import Console
-from rich.markup import escape
 from rich.table import Table
+from rich.text import Text
 
 from coordinator.client import GenerationClient
+from coordinator.commands.console import show_bytes, table_console
 from coordinator.commands.options import insecure_option, json_option
 from coordinator.commands.running import run
 from protos import rpc
 from protos.generation_pb2 import GetMeshResponse, GetModelResponse, MeshWorker
+
+_DIGEST_CHARACTERS = 12
+"""Enough to tell plans apart."""
 
 
 @click.command()
@@ -25,9 +27,6 @@ from protos.generation_pb2 import GetMeshResponse, GetModelResponse, MeshWorker
 def status(coordinator: str, *, insecure: bool, as_json: bool) -> None:
     """Show workers, epoch, plan, load and health."""
     run(_status(rpc.check_address(coordinator, insecure=insecure), as_json=as_json))
-
-
-FILE_WIDTH = 200
 
 
 async def _status(address: str, *, as_json: bool) -> None:
@@ -58,31 +57,34 @@ def _as_dict(model: GetModelResponse, mesh: GetMeshResponse) -> dict[str, object
 
 
 def _print(model: GetModelResponse, mesh: GetMeshResponse) -> None:
-    # Without a terminal there is no width to keep to.
-    console = Console() if sys.stdout.isatty() else Console(width=FILE_WIDTH)
-    health = "[green]serving[/green]" if mesh.serving else "[red]not serving[/red]"
-    assignment = f"epoch {mesh.epoch}, plan {mesh.plan_digest.hex()[:12]}"
-    console.print(f"{model.model} ({model.family}) on {mesh.num_shards} shards: {health}, {assignment}")
-    table = Table("worker", "role", "device", "threads", "weights", "KV", "free memory", "peak RSS", box=None)
+    console = table_console()
+    health = ("serving", "green") if mesh.serving else ("not serving", "red")
+    head = f"{model.model} ({model.family}) on {mesh.num_shards} shards: "
+    plan = f", epoch {mesh.epoch}, plan {mesh.plan_digest.hex()[:_DIGEST_CHARACTERS]}"
+    console.print(Text.assemble(head, health, plan), soft_wrap=True)
+    table = Table(box=None, pad_edge=False)
+    for title in ("worker", "role", "version", "device", "threads", "weights", "KV", "free memory", "peak RSS"):
+        table.add_column(title, overflow="fold")
     for worker in mesh.workers:
         table.add_row(*_row(worker))
     console.print(table)
+    for worker in mesh.workers:
+        if not worker.reachable:
+            console.print(Text.assemble((f"{worker.address} is unreachable: ", "red"), worker.error), soft_wrap=True)
     load = mesh.load
     console.print(
         f"{load.running} running, {load.waiting} waiting, KV {load.used_pages * load.page_tokens} of "
-        f"{load.total_pages * load.page_tokens} tokens, {load.completion_tokens} tokens generated "
-        f"in {load.steps} steps, {load.preemptions} preemptions"
+        f"{load.total_pages * load.page_tokens} tokens, {load.completion_tokens} tokens generated in {load.steps} steps, "
+        f"{load.preemptions} preemptions",
+        soft_wrap=True,
     )
 
 
-def _row(worker: MeshWorker) -> tuple[str, ...]:
+def _row(worker: MeshWorker) -> tuple[Text, ...]:
+    # Text and not str: what a worker says of itself is no markup.
     if not worker.reachable:
-        return worker.address, f"[red]unreachable[/red]: {escape(worker.error)}", "", "", "", "", "", ""
+        return Text(worker.address), Text("unreachable", style="red")
     sizes = (worker.weights_bytes, worker.kv_bytes, worker.memory_free_bytes, worker.peak_rss_bytes)
-    return (
-        worker.address,
-        f"shard {worker.shard}" if worker.serving else "spare",
-        worker.device,
-        str(worker.num_threads),
-        *(f"{size / 2**30:.2f} GiB" for size in sizes),
-    )
+    role = f"shard {worker.shard}" if worker.serving else "spare"
+    texts = (worker.address, role, worker.version, worker.device, str(worker.num_threads), *map(show_bytes, sizes))
+    return tuple(map(Text, texts))

@@ -163,7 +163,7 @@ def read_gguf(path: Path) -> GgufFile:
     try:
         data = np.memmap(path, dtype=np.uint8, mode="r")
     except (OSError, ValueError) as error:
-        raise ModelError(f"{path}: cannot be read: {' '.join(str(error).split())}") from None
+        raise ModelError(f"{path}: cannot be read: {getattr(error, 'strerror', None) or ' '.join(str(error).split())}") from None
     try:
         metadata, tensors = _read_header(data.data)
     except ModelError as error:

@@ -9,15 +9,14 @@ from types import MappingProxyType
 from typing import TYPE_CHECKING
 
 from coordinator.models.config import read_json
-from coordinator.models.header import TensorEntry, read_header
+from coordinator.models.header import read_header
 from protos.errors import ModelError
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
     from protos.plan_pb2 import CheckpointFile
-
-__all__ = ["Checkpoint", "TensorEntry", "has_weights"]
+    from protos.safetensors_header import TensorEntry
 
 SINGLE_FILE = "model.safetensors"
 INDEX_FILE = "model.safetensors.index.json"
@@ -43,11 +42,12 @@ class Checkpoint:
         """
         weight_map = _weight_map(directory)
         names = sorted(set(weight_map.values())) if weight_map is not None else [SINGLE_FILE]
-        files, tensors = [], {}
+        files: list[CheckpointFile] = []
+        tensors: dict[str, TensorEntry] = {}
         for name in names:
             file, entries = read_header(directory, name)
             files.append(file)
-            tensors.update({entry.name: entry for entry in entries if weight_map is None or weight_map.get(entry.name) == name})
+            tensors |= {key: entry for key, entry in entries.items() if weight_map is None or weight_map.get(key) == name}
         if missing := [tensor for tensor in weight_map or () if tensor not in tensors]:
             raise ModelError(
                 f"{directory / INDEX_FILE} says that {(weight_map or {})[missing[0]]} holds {missing[0]!r}, but it does not"

@@ -5,12 +5,12 @@ Knows no family and no meaning of a key, except for the two spellings of the dty
 
 from __future__ import annotations
 
-import json
 import math
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, TypeVar
 
 from protos.errors import ModelError
+from protos.strict_json import parse_object, show
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping, Sequence
@@ -23,8 +23,6 @@ MAX_SIZE = 2**24
 """Largest size of anything that is counted (heads, columns, tokens of a vocabulary) unless said otherwise."""
 MAX_FILE_BYTES = 16 * 1024 * 1024
 """Largest configuration file that is read."""
-
-_SHOWN_CHARACTERS = 60
 
 _T = TypeVar("_T")
 
@@ -80,7 +78,7 @@ class Config:
 
     def refuse(self, key: str, instead: str) -> ModelError:
         """Make the error for a value that is well-formed and not supported."""
-        return ModelError(f"{self.source}: {key} = {_show(self.values.get(key))} is not supported: {instead}")
+        return ModelError(f"{self.source}: {key} = {show(self.values.get(key))} is not supported: {instead}")
 
     @property
     def dtype(self) -> str | None:
@@ -92,7 +90,7 @@ class Config:
             if self.has(key):
                 value = convert(self.values[key])
                 if value is None:
-                    raise ModelError(f"{self.source}: {key} must be {wanted}, found {_show(self.values[key])}")
+                    raise ModelError(f"{self.source}: {key} must be {wanted}, found {show(self.values[key])}")
                 return value
         if default is None:
             raise ModelError(f"{self.source}: {' or '.join(keys)} is missing, it must be {wanted}")
@@ -146,35 +144,6 @@ def read_json(path: Path) -> dict[str, object]:
         raise ModelError(f"{path} cannot be read: {error.strerror or error}") from error
 
 
-def parse_object(data: bytes, source: str) -> dict[str, object]:
-    """Parse one JSON object of finite numbers and distinct keys.
-
-    Raises:
-        ModelError: not UTF-8, not JSON, NaN or Infinity, a key twice, not an object; `source` begins its text.
-
-    """
-    try:
-        found: object = json.loads(data.decode("utf-8"), parse_constant=_refuse_constant, object_pairs_hook=_distinct)
-    except (ValueError, RecursionError) as error:
-        raise ModelError(f"{source} is not valid JSON: {error}") from error
-    if not isinstance(found, dict):
-        raise ModelError(f"{source} must hold a JSON object, found {_show(found)}")
-    return found
-
-
-def _refuse_constant(name: str) -> object:
-    raise ValueError(f"{name} is not a JSON number")
-
-
-def _distinct(pairs: list[tuple[str, object]]) -> dict[str, object]:
-    found: dict[str, object] = {}
-    for key, value in pairs:
-        if key in found:
-            raise ValueError(f"key {_show(key)} occurs twice")
-        found[key] = value
-    return found
-
-
 def _as_integer(value: object, minimum: int, maximum: int) -> int | None:
     # bool is a subclass of int: `true` is no number of layers.
     if not isinstance(value, int) or isinstance(value, bool):
@@ -199,12 +168,3 @@ def _as_tuple(value: object, kind: type[_T]) -> tuple[_T, ...] | None:
     if not isinstance(value, list) or not all(isinstance(item, kind) for item in value):
         return None
     return tuple(value)
-
-
-def _show(value: object) -> str:
-    # Never the whole of what a hostile file holds; an int of thousands of digits may not even be printable.
-    try:
-        text = json.dumps(value)
-    except ValueError:
-        return "a number of thousands of digits"
-    return text if len(text) <= _SHOWN_CHARACTERS else text[: _SHOWN_CHARACTERS - 3] + "..."

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from coordinator.models.names import STANDARD
-from coordinator.models.parts import decoder, gqa, refuse_sliding_window, top_k
+from coordinator.models.parts import decoder, gqa, top_k
 from coordinator.models.spec import GateSpec, MoeSpec, Role, Scoring
 
 if TYPE_CHECKING:
@@ -27,7 +27,6 @@ _THETA = 1e6
 
 def describe(config: Config) -> ModelSpec:
     """Make the spec of a config."""
-    refuse_sliding_window(config)
     num_experts = config.integer("num_local_experts", "num_experts")
     gate = GateSpec(num_experts, top_k(config, num_experts), Scoring.SOFTMAX, renormalize=True)
     block = MoeSpec(gate, width=config.integer("intermediate_size"))
@@ -38,4 +37,5 @@ def describe(config: Config) -> ModelSpec:
         attention=gqa(config, theta=_THETA),
         feed_forward=lambda _layer: block,
         norm_eps=1e-5,
+        window=True,
     )

@@ -1,7 +1,6 @@
 """The vocabulary of families: attention and feed-forward, put together from a config.
 
-What a config asks for and this program does not do is refused here, by key and value: a family file only states what is
-particular to it.
+A family file only states what is particular to it; what a config asks for beyond that is refused (`models.unsupported`).
 """
 
 from __future__ import annotations
@@ -12,6 +11,7 @@ from coordinator.models.config import eos_token_ids
 from coordinator.models.names import ATTENTION_BIASES, EXPERTS, FUSED, MLP_BIASES
 from coordinator.models.rope import DEFAULT_THETA, context_tokens, rope_spec
 from coordinator.models.spec import DenseSpec, ModelSpec, MoeSpec, Role
+from coordinator.models.unsupported import refuse_unsupported
 from protos.errors import ModelError
 from protos.plan_pb2 import QK_NORM_NONE, AttentionSpec, QkNorm
 
@@ -26,7 +26,6 @@ _NORMS = frozenset({Role.Q_NORM, Role.K_NORM})
 
 _MAX_LAYERS = 4096
 _MAX_PRODUCT = 2**31 - 1
-_SILU = ("silu", "swish")
 
 
 _NEUTRAL = {
@@ -50,6 +49,7 @@ def decoder(
     feed_forward: Callable[[int], FeedForward],
     biases: Collection[Role] = (),
     norm_eps: float = 1e-6,
+    window: bool | None = None,
 ) -> ModelSpec:
     """Put a model together.
 
@@ -61,13 +61,14 @@ def decoder(
         feed_forward: layer -> its feed-forward block.
         biases: the bias roles that this model has.
         norm_eps: the family's epsilon where the config names none.
+        window: whether `sliding_window` is applied, by the family's own switches (`refuse_unsupported`).
 
     Raises:
         ModelError: a value is missing, out of range or not supported.
 
     """
-    _refuse_unsupported(config)
     blocks = tuple(feed_forward(layer) for layer in range(num_layers(config)))
+    refuse_unsupported(config, blocks, window=window)
     absent = _absent_roles(attention, blocks, biases)
     return ModelSpec(
         family=family,
@@ -148,19 +149,6 @@ def num_layers(config: Config) -> int:
     return config.integer("num_hidden_layers", maximum=_MAX_LAYERS)
 
 
-def refuse_sliding_window(config: Config, *, in_use: bool = True) -> None:
-    """Refuse a model whose layers look at a part of the context only.
-
-    Args:
-        config: the model's.
-        in_use: whether the family, by its own switches, applies the window that the config names.
-
-    """
-    window = config.integer("sliding_window", default=0, minimum=0, maximum=_MAX_PRODUCT)
-    if in_use and 0 < window < context_tokens(config) and not config.has("layer_types"):
-        raise config.refuse("sliding_window", f"attention covers the whole context of {context_tokens(config)} tokens")
-
-
 def product(config: Config, what: str, left: int, right: int) -> int:
     """Multiply two sizes of a config.
 
@@ -197,21 +185,3 @@ def _absent_roles(attention: AttentionSpec, blocks: tuple[FeedForward, ...], bia
     if len(moe) == len(blocks):
         absent |= {Role.GATE, Role.UP, Role.DOWN} | MLP_BIASES
     return absent
-
-
-def _refuse_unsupported(config: Config) -> None:
-    activation = config.text("hidden_act", default="silu")
-    if activation not in _SILU:
-        raise config.refuse("hidden_act", f"supported are {', '.join(_SILU)}")
-    if any(kind != "full_attention" for kind in config.texts("layer_types")):
-        raise config.refuse("layer_types", "only layers of full_attention are")
-    for key, neutral in _NEUTRAL.items():
-        if config.has(key) and config.values[key] != neutral:
-            raise config.refuse(key, "the supported families compute without it")
-    for key in ("quantization_config", "compression_config"):
-        if section := config.section(key):
-            method = section.text("quant_method", default="unknown")
-            raise ModelError(
-                f"{section.source}: quant_method {method!r} is not supported: take the unquantized checkpoint, "
-                "weights are quantized while they load (--quantize)"
-            )

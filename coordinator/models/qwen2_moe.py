@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from coordinator.models.names import EXPERTS, QKV_BIASES, STANDARD
-from coordinator.models.parts import decoder, gqa, qwen_moe_layers, refuse_sliding_window, top_k
+from coordinator.models.parts import decoder, gqa, qwen_moe_layers, top_k
 from coordinator.models.spec import GateSpec, MoeSpec, Role, Scoring
 
 if TYPE_CHECKING:
@@ -26,7 +26,6 @@ NAMES = {
 
 def describe(config: Config) -> ModelSpec:
     """Make the spec of a config."""
-    refuse_sliding_window(config, in_use=config.boolean("use_sliding_window", default=False))
     return decoder(
         config,
         "qwen2_moe",
@@ -34,6 +33,7 @@ def describe(config: Config) -> ModelSpec:
         attention=gqa(config),
         feed_forward=qwen_moe_layers(config, lambda: _experts(config)),
         biases=QKV_BIASES if config.boolean("qkv_bias", default=True) else (),
+        window=config.boolean("use_sliding_window", default=False),
     )
 
 

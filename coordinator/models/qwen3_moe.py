@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from coordinator.models.names import ATTENTION_BIASES, EXPERTS, STANDARD
-from coordinator.models.parts import decoder, gqa, qwen_moe_layers, refuse_sliding_window, top_k
+from coordinator.models.parts import decoder, gqa, qwen_moe_layers, top_k
 from coordinator.models.spec import GateSpec, MoeSpec, Scoring
 from protos.plan_pb2 import QK_NORM_HEAD
 
@@ -20,7 +20,6 @@ NAMES = {**STANDARD, **EXPERTS}
 
 def describe(config: Config) -> ModelSpec:
     """Make the spec of a config."""
-    refuse_sliding_window(config, in_use=config.boolean("use_sliding_window", default=False))
     return decoder(
         config,
         "qwen3_moe",
@@ -28,6 +27,7 @@ def describe(config: Config) -> ModelSpec:
         attention=gqa(config, qk_norm=QK_NORM_HEAD),
         feed_forward=qwen_moe_layers(config, lambda: _experts(config)),
         biases=ATTENTION_BIASES if config.boolean("attention_bias", default=False) else (),
+        window=config.boolean("use_sliding_window", default=False),
     )
 
 

@@ -333,7 +333,9 @@ def test_the_command_says_what_it_made(tmp_path: Path) -> None:
 def test_the_command_lets_errors_through(tmp_path: Path) -> None:
     result = CliRunner().invoke(command, [str(tmp_path / "missing.gguf"), str(tmp_path / "out")])
     assert isinstance(result.exception, ModelError)
-    assert "missing.gguf" in str(result.exception)
+    assert str(result.exception) == f"{tmp_path / 'missing.gguf'}: cannot be read: No such file or directory"
+    # No bar, and no empty line of one, where there is no terminal.
+    assert result.stderr == ""
 
 
 @needs_smollm2

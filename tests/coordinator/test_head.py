@@ -9,7 +9,7 @@ from coordinator.sequence import Sequence, SequenceId
 from protos.errors import WrongResult
 from protos.shardworker_pb2 import ExecuteRequest, ExecuteResponse, HeadResult
 from protos.shardworker_pb2 import Head as HeadRequest
-from protos.tensor_pb2 import DTYPE_F32, DTYPE_I32
+from protos.tensor_pb2 import DTYPE_F32, DTYPE_F64, DTYPE_I32
 from protos.tensors import decode, encode
 
 HIDDEN = 8
@@ -42,12 +42,13 @@ class FakeShards:
         assert 1 <= head.num_candidates <= 1024
         ordered, order = torch.sort(logits, dim=1, descending=True, stable=True)
         count = head.num_candidates
-        scaled = logits / torch.tensor(list(head.temperatures)).unsqueeze(1)
-        sums = torch.stack([logits.logsumexp(1), scaled.logsumexp(1)], dim=1)
+        wide = logits.double()
+        scaled = wide / torch.tensor(list(head.temperatures), dtype=torch.float64).unsqueeze(1)
+        sums = torch.stack([wide.logsumexp(1), scaled.logsumexp(1)], dim=1)
         return HeadResult(
             candidates=encode(order[:, :count] + start, DTYPE_I32),
             logits=encode(ordered[:, :count], DTYPE_F32),
-            logsumexp=encode(sums, DTYPE_F32),
+            logsumexp=encode(sums, DTYPE_F64),
         )
 
 
@@ -120,9 +121,20 @@ async def test_candidate_of_another_shard_is_a_wrong_result(token: int) -> None:
     shards.spoil[1] = HeadResult(
         candidates=encode(torch.tensor([[token]]), DTYPE_I32),
         logits=encode(torch.ones(1, 1), DTYPE_F32),
-        logsumexp=encode(torch.ones(1, 2), DTYPE_F32),
+        logsumexp=encode(torch.ones(1, 2), DTYPE_F64),
     )
     with pytest.raises(WrongResult, match="shard 1 answered candidates outside its vocabulary rows 40 to 47"):
+        await Head(shards, DTYPE_F32, SIZES).choose(hidden_of(1), sequences_of((Sampling(), None)), 1)  # type: ignore[arg-type]
+
+
+async def test_logsumexp_of_another_precision_is_a_wrong_result() -> None:
+    shards = FakeShards()
+    shards.spoil[1] = HeadResult(
+        candidates=encode(torch.tensor([[40]]), DTYPE_I32),
+        logits=encode(torch.ones(1, 1), DTYPE_F32),
+        logsumexp=encode(torch.ones(1, 2), DTYPE_F32),
+    )
+    with pytest.raises(WrongResult, match="shard 1 answered a logsumexp of dtype 1, wanted F64"):
         await Head(shards, DTYPE_F32, SIZES).choose(hidden_of(1), sequences_of((Sampling(), None)), 1)  # type: ignore[arg-type]
 
 

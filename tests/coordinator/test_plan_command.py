@@ -9,7 +9,7 @@ import pytest
 from click.testing import CliRunner, Result
 
 from coordinator.commands import plan as command
-from coordinator.commands.plan import plan, show_bytes
+from coordinator.commands.plan import plan
 from protos.errors import MeshError, ModelError, TopologyError
 from tests import tiny
 
@@ -101,8 +101,8 @@ def test_table_shows_who_holds_what(tmp_path: Path) -> None:
         ]
     )
     assert lines[3].split() == [
-        *("1", "12-23", "(12)", "1-1", "(1)", "160-351", "(192)", "160-351", "(192)", "1344-2719", "(1376)"),
-        *("18944-37887", "(18944)", "26.85", "GiB", "23", "KiB"),
+        *("1", "12:24", "(12)", "1:2", "(1)", "160:352", "(192)", "160:352", "(192)", "1344:2720", "(1376)"),
+        *("18944:37888", "(18944)", "26.85", "GiB", "23", "KiB"),
     ]
     assert lines[10].split()[-2:] == ["184", "KiB"]
     assert lines[-1] == "Planned from config.json alone: no weights were looked at."
@@ -123,7 +123,10 @@ def test_model_on_the_hub_is_planned_without_its_weights(tmp_path: Path, monkeyp
     assert not found["headers_checked"]
 
 
-def test_folder_with_config_alone_is_planned_from_that(tmp_path: Path) -> None:
+@pytest.mark.parametrize("others", [(), ("pytorch_model.bin", "pytorch_model.bin.index.json"), ("model.gguf",)])
+def test_folder_without_safetensors_is_planned_from_its_config(tmp_path: Path, others: tuple[str, ...]) -> None:
+    for name in others:
+        (tmp_path / name).touch()
     found = as_json("--model", config_alone(tmp_path, "intellect-3"), "--shards", 8)
     assert found["parameters"] == 106_852_251_264
     assert not found["headers_checked"]
@@ -163,11 +166,3 @@ def test_missing_model_is_an_error_of_ours(tmp_path: Path) -> None:
 @pytest.mark.parametrize("arguments", [[], ["--model", "x", "--quantize", "int3"], ["--model", "x", "--shards", "two"]])
 def test_wrong_flag_exits_with_2(arguments: list[str]) -> None:
     assert run(*arguments).exit_code == 2
-
-
-@pytest.mark.parametrize(
-    ("num_bytes", "shown"),
-    [(0, "0 B"), (1023, "1023 B"), (1024, "1 KiB"), (1536, "1.50 KiB"), (3 * 2**30, "3 GiB"), (2**20 + 1, "1.00 MiB")],
-)
-def test_bytes_are_shown_in_their_unit(num_bytes: int, shown: str) -> None:
-    assert show_bytes(num_bytes) == shown

@@ -21,6 +21,10 @@ from protos.errors import InvalidArgument
         ("top_p", 1.01),
         ("min_p", 1.01),
         ("repetition_penalty", 0.0),
+        ("repetition_penalty", 0.0099),
+        ("repetition_penalty", 1e-308),
+        ("repetition_penalty", 100.1),
+        ("repetition_penalty", 1e308),
         ("presence_penalty", 2.1),
         ("presence_penalty", -2.1),
         ("frequency_penalty", float("nan")),
@@ -35,6 +39,7 @@ def test_sampling_out_of_range_is_refused_by_name(name: str, value: float) -> No
 
 def test_sampling_takes_the_ends_of_its_ranges() -> None:
     Sampling(temperature=0, top_k=2**32 - 1, top_p=1, min_p=1, presence_penalty=2, frequency_penalty=-2, seed=2**64 - 1)
+    assert [Sampling(repetition_penalty=value).penalized for value in (0.01, 100)] == [True, True]
 
 
 @pytest.mark.parametrize(

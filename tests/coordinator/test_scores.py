@@ -12,7 +12,7 @@ def merge(shards: list[list[tuple[int, float]]], complete: list[bool]) -> list[t
     scores = merge_candidates(
         [torch.tensor([[token for token, _ in shard]], dtype=torch.int32) for shard in shards],
         [torch.tensor([[logit for _, logit in shard]]) for shard in shards],
-        [torch.zeros(1, 2) for _ in shards],
+        [torch.zeros(1, 2, dtype=torch.float64) for _ in shards],
         complete,
     )[0]
     return list(zip(scores.ids.tolist(), scores.logits.tolist(), strict=True))
@@ -33,10 +33,10 @@ def test_merge_keeps_the_best_even_at_the_floor_and_prefers_lower_ids() -> None:
 
 
 def test_merge_adds_the_shards_sums() -> None:
-    sums = [torch.tensor([[1.0, 0.5]]), torch.tensor([[2.0, 0.25]])]
+    sums = [torch.tensor([[1.0, 0.5]], dtype=torch.float64), torch.tensor([[2.0, 0.25]], dtype=torch.float64)]
     candidate = [torch.tensor([[0]], dtype=torch.int32), torch.tensor([[1]], dtype=torch.int32)]
     scores = merge_candidates(candidate, [torch.tensor([[1.0]]), torch.tensor([[0.0]])], sums, [False, False])[0]
-    assert scores.logsumexp == pytest.approx(math.log(math.exp(1) + math.exp(2)))
+    assert scores.logsumexp == pytest.approx(math.log(math.exp(1) + math.exp(2)), rel=1e-15)
     assert scores.scaled_logsumexp == pytest.approx(math.log(math.exp(0.5) + math.exp(0.25)))
     assert (scores.floor, scores.complete) == (1.0, False)
 

@@ -15,7 +15,7 @@ from shardworker.memory import Memory
 from shardworker.session import Session
 from shardworker.tables import HeldPosition
 
-F32, I32 = tensor_pb2.DTYPE_F32, tensor_pb2.DTYPE_I32
+F32, F64, I32 = tensor_pb2.DTYPE_F32, tensor_pb2.DTYPE_F64, tensor_pb2.DTYPE_I32
 X = torch.ones(1, 64)
 
 
@@ -121,7 +121,8 @@ BAD = [
     (attend(hidden=encode(X, F32), squares=encode(torch.ones(1, 2), F32)), "attend brings"),
     (attend(hidden=encode(torch.ones(1, 63), F32)), r"wanted \[1, 64\]"),
     (attend(hidden=lying([1, 64], bytes(255))), "needs 256 bytes, found 255"),
-    (attend(hidden=lying([1, 64], bytes(256), I32)), "wanted a float dtype"),
+    (attend(hidden=lying([1, 64], bytes(256), I32)), "found DTYPE_I32"),
+    (attend(hidden=lying([1, 64], bytes(512), F64)), "hidden: wanted F32, BF16, F16 or INT8_BLOCK32, found DTYPE_F64"),
     (attend(hidden=lying([1, 64], bytes(256), 99)), "dtype 99 is unknown"),
     (attend(hidden=lying([1] * 1000)), "hidden: wanted"),
     (feed(layer=2), "layer 2 of 2"),
@@ -134,6 +135,9 @@ BAD = [
     (routed([1, 1]), "distinct ids below 4"),
     (routed([]), "at least one for each row"),
     (routed([1], expert_weights=encode(torch.ones(1, 2), F32)), "expert_weights: wanted"),
+    (routed([1], expert_weights=encode(torch.tensor([[float("nan")]]), F32)), "expert_weights: wanted finite"),
+    (routed([1], expert_weights=encode(torch.tensor([[float("inf")]]), F32)), "expert_weights: wanted finite"),
+    (routed([1], shared_weights=encode(torch.tensor([float("-inf")]), F32)), "shared_weights: wanted finite"),
     (routed([1], experts=encode(torch.ones(1, 1), F32)), "experts: wanted DTYPE_I32"),
     (routed([1], shared_weights=encode(torch.ones(2), F32)), "shared_weights: wanted"),
     (head(num_candidates=0, temperatures=[1]), "num_candidates"),
@@ -169,6 +173,9 @@ def test_norms_over_all_heads_need_project_first(make_tiny: Any, rounds: Any, ma
         session.execute(rounds.attend(1, 0, X))
     with pytest.raises(InvalidArgument, match="squares: wanted"):
         session.execute(rounds.request(1, attend=shardworker_pb2.Attend(squares=encode(torch.ones(2, 2), F32))))
+    for bad in (float("nan"), float("inf")):
+        with pytest.raises(InvalidArgument, match="squares: wanted finite numbers, found NaN or infinity"):
+            session.execute(rounds.request(1, attend=shardworker_pb2.Attend(squares=encode(torch.tensor([[1.0, bad]]), F32))))
     found = session.execute(rounds.request(1, attend=shardworker_pb2.Attend(squares=encode(torch.ones(1, 2), F32))))
     assert found.partial.dtype == tensor_pb2.DTYPE_BF16
 

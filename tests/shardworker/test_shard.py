@@ -118,6 +118,13 @@ def test_feed_forward_partials_sum_to_the_whole(
         torch.testing.assert_close(sums[layer], tiny.feed_forward(layer, x, chosen, weights), rtol=1e-4, atol=1e-5)
 
 
+def wide_sums(logits: torch.Tensor, temperatures: list[float]) -> torch.Tensor:
+    """What `HeadResult.logsumexp` is of these logits."""
+    wide = logits.double()
+    scaled = wide / torch.tensor(temperatures, dtype=torch.float64)[:, None]
+    return torch.stack((wide.logsumexp(-1), scaled.logsumexp(-1)), 1)
+
+
 def test_head_finds_the_best_of_all_shards(tiny: Any, tensor_of: Any) -> None:
     x = torch.randn(3, tiny.hidden)
     logits = x @ tiny.tensors["head"].T
@@ -136,8 +143,19 @@ def test_head_finds_the_best_of_all_shards(tiny: Any, tensor_of: Any) -> None:
         torch.testing.assert_close(part, logits[:, start:end])
     top = torch.cat(values, 1).topk(5, -1)
     assert torch.equal(torch.cat(ids, 1).gather(1, top.indices), logits.topk(5, -1).indices)
-    both = torch.stack((logits.logsumexp(-1), (logits / torch.tensor(temperatures)[:, None]).logsumexp(-1)), 1)
-    torch.testing.assert_close(torch.stack(sums).logsumexp(0), both)
+    torch.testing.assert_close(torch.stack(sums).logsumexp(0), wide_sums(logits, temperatures), rtol=1e-6, atol=1e-6)
+
+
+@pytest.mark.parametrize("temperatures", [[1.0, 1.0, 1.0], [0.7, 1.0, 1e-5]])
+def test_logsumexp_is_that_of_the_logits_in_float64(tiny: Any, tensor_of: Any, temperatures: list[float]) -> None:
+    session = Session(tiny.shard(tiny.plan()), 1, 0)
+    hidden = encode(torch.randn(3, tiny.hidden), F32)
+    few = shardworker_pb2.Head(hidden=hidden, num_candidates=1, temperatures=temperatures)
+    head = session.execute(shardworker_pb2.ExecuteRequest(head=few)).head
+    whole = session.execute(shardworker_pb2.ExecuteRequest(head=shardworker_pb2.Head(hidden=hidden, logits=True))).head
+    assert head.logsumexp.dtype == tensor_pb2.DTYPE_F64
+    wanted = wide_sums(tensor_of(whole.logits), temperatures)
+    torch.testing.assert_close(tensor_of(head.logsumexp), wanted, rtol=1e-15, atol=0)
 
 
 def test_best_prefers_lower_ids_among_equals() -> None:

@@ -39,7 +39,7 @@ def test_contiguity_is_known(tables: PageTables, make_batch: Any) -> None:
 
 def test_a_position_beyond_what_is_held_is_refused(tables: PageTables, make_batch: Any) -> None:
     do(tables, make_batch((1, 0, 3, [5])))
-    with pytest.raises(HeldPosition, match="wanted position 4, the worker holds 3 tokens") as raised:
+    with pytest.raises(HeldPosition, match="wanted position 4, the worker stands at 3: begin it anew at 0") as raised:
         tables.check(make_batch((1, 4, 1, [6])))
     assert (raised.value.sequence, raised.value.position) == (1, 3)
 
@@ -78,9 +78,9 @@ def test_released_sequences_give_their_pages_up_at_once(tables: PageTables, make
         ([(2, 0, 1, [7])], "page 7 is in use by sequence 1"),
         ([(2, 0, 8, [3, 3])], "page 3 is in use by another place of this batch"),
         ([(2, 0, 4, [3]), (3, 0, 4, [3])], "page 3 is in use by another place of this batch"),
-        ([(2, 0, 5, [3])], "5 tokens need 2 pages, found 0 held and 1 new"),
-        ([(2, 0, 4, [3, 4])], "4 tokens need 1 pages, found 0 held and 2 new"),
-        ([(1, 4, 1, [])], "need 2 pages, found 1 held and 0 new"),
+        ([(2, 0, 5, [3])], "pages for positions below 5: wanted 2, found 0 held and 1 new"),
+        ([(2, 0, 4, [3, 4])], "pages for positions below 4: wanted 1, found 0 held and 2 new"),
+        ([(1, 4, 1, [])], "positions below 5: wanted 2, found 1 held and 0 new"),
     ],
 )
 def test_a_bad_batch_is_refused_and_changes_nothing(tables: PageTables, make_batch: Any, rows: Any, text: str) -> None:

@@ -11,9 +11,9 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 
 from coordinator.models.checkpoint import Checkpoint, has_weights
-from coordinator.models.header import MAX_HEADER_BYTES
 from protos.errors import ModelError
 from protos.fingerprint import file_fingerprint
+from protos.safetensors_header import MAX_HEADER_BYTES
 from tests import tiny
 
 
@@ -96,8 +96,8 @@ def test_file_that_changed_since_is_refused(tmp_path: Path) -> None:
         (b'{"a": {"dtype": "F32", "shape": [Infinity], "data_offsets": [0, 4]}}', b"", "Infinity is not a JSON number"),
         (b"[]", b"", "header must hold a JSON object"),
         (b'{"a": 1, "a": 2}', b"", 'key "a" occurs twice'),
-        ({"a": 1}, b"", "tensor 'a' must have one of the dtypes .*, found None"),
-        ({"a": tensor(0, 4, dtype="F31")}, bytes(4), "tensor 'a' must have one of the dtypes .*, found 'F31'"),
+        ({"a": 1}, b"", "tensor 'a' must have one of the dtypes .*, found null"),
+        ({"a": tensor(0, 4, dtype="F31")}, bytes(4), "tensor 'a' must have one of the dtypes .*, found \"F31\""),
         ({"a": tensor(0, 4, dtype=["F32"])}, bytes(4), "tensor 'a' must have one of the dtypes"),
         ({"a": tensor(0, 4, shape=[-1])}, bytes(4), "tensor 'a' must have a shape"),
         ({"a": tensor(0, 4, shape=[True])}, bytes(4), "tensor 'a' must have a shape"),

@@ -157,6 +157,22 @@ def test_unused_window_is_no_obstacle() -> None:
     assert describe(public("qwen3-8b", layer_types=layer_types, sliding_window=4096)).family == "qwen3"
 
 
+HARMLESS: list[tuple[str, dict[str, Any]]] = [
+    ("llama-3.1-8b", {"attn_logit_softcapping": None, "final_logit_softcapping": None, "attention_multiplier": None}),
+    ("llama-3.1-8b", {"logits_scaling": 1, "residual_multiplier": 1.0, "embedding_multiplier": 1.0}),
+    ("llama-3.1-8b", {"layer_types": ["full_attention"] * 32, "sliding_window": 4096}),
+    ("llama-3.1-8b", {"use_sliding_window": False, "sliding_window": 4096}),
+    ("llama-3.1-8b", {"scoring_func": "sigmoid"}),  # it has no experts
+    ("qwen3-30b-a3b", {"scoring_func": "softmax"}),
+    ("intellect-3", {"scoring_func": "sigmoid", "sliding_window": None, "quantization_config": None}),
+]
+
+
+@pytest.mark.parametrize(("model", "changes"), HARMLESS, ids=lambda value: str(value)[:60])
+def test_keys_that_change_nothing_are_accepted(model: str, changes: dict[str, Any]) -> None:
+    assert describe(public(model, **changes)) == describe(public(model))
+
+
 REFUSED: list[tuple[str, dict[str, Any], str]] = [
     ("llama-3.1-8b", {"final_logit_softcapping": 30.0}, "final_logit_softcapping = 30.0 is not supported"),
     ("llama-3.1-8b", {"residual_multiplier": 0.22}, "residual_multiplier = 0.22 is not supported"),
@@ -202,6 +218,32 @@ REFUSED: list[tuple[str, dict[str, Any], str]] = [
     ("intellect-3", {"n_group": 32, "topk_group": 1}, r"num_experts_per_tok must be an integer in \[1, 4\], found 8"),
     ("intellect-3", {"moe_intermediate_size": 2**20, "n_shared_experts": 2**20}, "n_shared_experts = 1099511627776 is too large"),
     ("olmoe-1b-7b", {"clip_qkv": -1.0}, "clip_qkv must be a number > 0"),
+    (
+        "llama-3.1-8b",
+        {"attn_logit_softcapping": 50.0},
+        r"^config\.json: attn_logit_softcapping = 50.0 is not supported: attention",
+    ),
+    ("qwen3-8b", {"final_logit_softcapping": 30.0}, "final_logit_softcapping = 30.0 is not supported"),
+    ("llama-3.1-8b", {"logits_scaling": 8.0}, "logits_scaling = 8.0 is not supported: logits are taken as they are"),
+    ("mixtral-8x7b", {"residual_multiplier": 0.22}, "residual_multiplier = 0.22 is not supported"),
+    ("llama-3.1-8b", {"embedding_multiplier": 12}, "embedding_multiplier = 12 is not supported"),
+    ("llama-3.1-8b", {"embedding_multiplier": True}, "embedding_multiplier = true is not supported"),
+    ("intellect-3", {"attention_multiplier": 0.015625}, "attention_multiplier = 0.015625 is not supported"),
+    ("llama-3.1-8b", {"layer_types": ["full_attention"] * 31 + ["chunked_attention"]}, "layer_types = .* is not supported"),
+    ("intellect-3", {"layer_types": ["sliding_attention"] * 46}, "layer_types = .* is not supported"),
+    ("llama-3.1-8b", {"sliding_window": 4096}, "sliding_window = 4096 is not supported"),
+    ("olmoe-1b-7b", {"sliding_window": 512}, "sliding_window = 512 is not supported"),
+    (
+        "llama-3.1-8b",
+        {"rope_scaling": {"rope_type": "default", "mrope_section": [16, 24, 24]}},
+        r"^config\.json: rope_scaling: mrope_section = \[16, 24, 24\] is not supported",
+    ),
+    ("qwen3-8b", {"rope_parameters": {"rope_type": "default", "mrope_section": [24, 20, 20]}}, "rope_parameters: mrope_section"),
+    ("qwen3-30b-a3b", {"scoring_func": "sigmoid"}, 'scoring_func = "sigmoid" is not supported: .* by softmax'),
+    ("intellect-3", {"scoring_func": "softmax"}, 'scoring_func = "softmax" is not supported: .* by sigmoid'),
+    ("qwen3-8b", {"torch_dtype": "float8_e4m3fn"}, 'torch_dtype = "float8_e4m3fn" is not supported: take the unquantized'),
+    ("qwen3-8b", {"dtype": "torch.float8_e5m2"}, 'dtype = "torch.float8_e5m2" is not supported'),
+    ("qwen3-8b", {"quantization_config": {"quant_method": "fp8"}}, "quant_method 'fp8' is not supported"),
 ]
 
 
