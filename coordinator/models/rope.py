@@ -115,8 +115,6 @@ def _section(config: Config) -> Config | None:
     section = config.section("rope_scaling") or config.section("rope_parameters")
     if section and any(isinstance(value, dict) for value in section.values.values()):
         raise ModelError(f"{section.source}: rope parameters for each type of layer are not supported, wanted one set for all")
-    if section and section.has("mrope_section"):
-        raise section.refuse("mrope_section", "positions of text alone are")
     return section
 
 

@@ -21,6 +21,7 @@ NEUTRAL: Mapping[str, tuple[tuple[object, ...], str]] = MappingProxyType(
         "attn_logit_softcapping": ((), "attention scores are taken as they are"),
         "final_logit_softcapping": ((), "logits are taken as they are"),
         "logits_scaling": ((1,), "logits are taken as they are"),
+        "logit_scale": ((1,), "logits are taken as they are"),
         "residual_multiplier": ((1,), "what a layer computes is added as it is"),
         "embedding_multiplier": ((1,), "embeddings are taken as they are"),
         "attention_multiplier": ((), "attention scores are divided by the square root of head_dim"),
