@@ -28,18 +28,6 @@ _MAX_LAYERS = 4096
 _MAX_PRODUCT = 2**31 - 1
 
 
-_NEUTRAL = {
-    "attn_logit_softcapping": None,
-    "final_logit_softcapping": None,
-    "attention_multiplier": None,
-    "embedding_multiplier": 1.0,
-    "residual_multiplier": 1.0,
-    "logits_scaling": 1.0,
-    "logit_scale": 1.0,
-}
-"""What relatives of the supported families (Gemma 2, Granite, Cohere) compute besides; at these values it does nothing."""
-
-
 def decoder(
     config: Config,
     family: str,
