@@ -32,6 +32,7 @@ if TYPE_CHECKING:
     from coordinator.config import ServeSettings
     from coordinator.fanout import Fanout
     from coordinator.planning.plan import MeshPlan
+    from coordinator.rounds import RoundObserver
     from coordinator.served_model import ServedModel
     from coordinator.workers.pool import LoadEvent, Survey
 
@@ -49,7 +50,13 @@ SERVICE = generation_pb2.DESCRIPTOR.services_by_name["Generation"].full_name
 class Coordinator:
     """A running coordinator."""
 
-    def __init__(self, settings: ServeSettings, model: ServedModel, on_progress: Callable[[LoadEvent], None]) -> None:
+    def __init__(
+        self,
+        settings: ServeSettings,
+        model: ServedModel,
+        on_progress: Callable[[LoadEvent], None],
+        observer: RoundObserver | None = None,
+    ) -> None:
         """Build what needs no network; `start` does the rest."""
         self.settings = settings
         self.model = model
@@ -60,20 +67,32 @@ class Coordinator:
             options=rpc.server_options(max_send_bytes=rpc.MAX_CALLER_BYTES, max_receive_bytes=rpc.MAX_CALLER_BYTES),
         )
         self._health = health.aio.HealthServicer()
-        self._pool = WorkerPool(settings.workers)
+        self._pool = WorkerPool(settings.workers, observer)
         self._bound = False
         self._status: MeshStatus | None = None
         self._serving: asyncio.Task[None] | None = None
 
     @classmethod
-    async def start(cls, settings: ServeSettings, model: ServedModel, on_progress: Callable[[LoadEvent], None]) -> Self:
+    async def start(
+        cls,
+        settings: ServeSettings,
+        model: ServedModel,
+        on_progress: Callable[[LoadEvent], None],
+        observer: RoundObserver | None = None,
+    ) -> Self:
         """Listen, load the workers, serve.
+
+        Args:
+            settings: of the service.
+            model: to serve.
+            on_progress: called for each step of loading.
+            observer: told of each round.
 
         Raises:
             MeshError: the address is taken, the model cannot be cut like this, or no full mesh can be had.
 
         """
-        coordinator = cls(settings, model, on_progress)
+        coordinator = cls(settings, model, on_progress, observer)
         try:
             await coordinator._start()
         except BaseException:

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import asyncio
+import time
 from typing import TYPE_CHECKING
 
+from coordinator.rounds import Answer, Round
 from protos import rpc
 from protos.errors import ERRORS, MeshError, WorkerLost, WrongResult
 from protos.shardworker_pb2 import ExecuteRequest, Open
@@ -12,6 +14,7 @@ from protos.shardworker_pb2 import ExecuteRequest, Open
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
+    from coordinator.rounds import RoundObserver
     from coordinator.workers.client import WorkerSession
     from protos.shardworker_pb2 import ExecuteResponse
 
@@ -19,15 +22,19 @@ if TYPE_CHECKING:
 class Fanout:
     """The sessions of a mesh, one for each shard, in shard order."""
 
-    def __init__(self, sessions: Sequence[WorkerSession], plan_digest: bytes, epoch: int) -> None:
+    def __init__(
+        self, sessions: Sequence[WorkerSession], plan_digest: bytes, epoch: int, observer: RoundObserver | None = None
+    ) -> None:
         """Take over started sessions; `open` them before the first step.
 
         Args:
             sessions: one for each shard.
             plan_digest: of the mesh.
             epoch: this coordinator's count of meshes.
+            observer: told of each round that was answered.
 
         """
+        self._observer = observer
         self.plan_digest = plan_digest
         self.epoch = epoch
         self._sessions = tuple(sessions)
@@ -66,24 +73,37 @@ class Fanout:
             MeshError: what a worker's fault says.
 
         """
+        started_ns = time.perf_counter_ns()
         self._round += 1
         request.plan_digest, request.epoch, request.round = self.plan_digest, self.epoch, self._round
         data = request.SerializeToString()
         deadline_s = rpc.round_deadline_s(num_rows)
         replies: list[ExecuteResponse] = []
+        arrived_ns: list[int] = []
+        written_ns = 0
         awaited = ""
         try:
             async with asyncio.timeout(deadline_s):
                 for session in self._sessions:
                     awaited = session.address
                     await session.write(data)
+                written_ns = time.perf_counter_ns()
                 for session in self._sessions:
                     awaited = session.address
                     replies.append(await session.read())
+                    arrived_ns.append(time.perf_counter_ns())
         except TimeoutError:
             raise WorkerLost(f"worker {awaited} did not answer within {deadline_s:g} s") from None
         for shard, reply in enumerate(replies):
             self._check(shard, reply, request, result)
+        if self._observer:
+            answers = tuple(
+                Answer(reply.compute_ns, reply.queue_ns, arrived, reply.ByteSize())
+                for reply, arrived in zip(replies, arrived_ns, strict=True)
+            )
+            action = request.WhichOneof("action") or ""
+            layer = getattr(getattr(request, action), "layer", None)
+            self._observer(Round(action, layer, request.step, num_rows, started_ns, written_ns, len(data), answers))
         return replies
 
     def close(self) -> None:

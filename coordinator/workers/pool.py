@@ -27,6 +27,7 @@ if TYPE_CHECKING:
 
     from coordinator.planning.placement import Placement
     from coordinator.planning.plan import MeshPlan
+    from coordinator.rounds import RoundObserver
 
 log = structlog.get_logger(__name__)
 
@@ -53,14 +54,16 @@ class LoadEvent:
 class WorkerPool:
     """Clients of all workers, serving ones and spares alike."""
 
-    def __init__(self, addresses: Sequence[str]) -> None:
+    def __init__(self, addresses: Sequence[str], observer: RoundObserver | None = None) -> None:
         """Make the clients; nothing is sent yet.
 
         Args:
             addresses: distinct, each checked by `protos.rpc.check_address`.
+            observer: told of each round of the meshes made here.
 
         """
         self.clients = {address: WorkerClient(address) for address in addresses}
+        self._observer = observer
         self._identity = os.urandom(16)
         self._epoch = 0
 
@@ -126,7 +129,9 @@ class WorkerPool:
         ]
         await _all(self._load(address, request, on_progress) for address, request in zip(placement.shards, requests, strict=True))
         self._epoch += 1
-        fanout = Fanout([self.clients[address].execute() for address in placement.shards], plan.digest, self._epoch)
+        fanout = Fanout(
+            [self.clients[address].execute() for address in placement.shards], plan.digest, self._epoch, self._observer
+        )
         try:
             await fanout.open(self._identity, num_pages)
         except BaseException:

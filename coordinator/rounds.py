@@ -1,0 +1,53 @@
+"""What a round cost: the record that benchmarks, timelines and metrics are made of."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True, slots=True)
+class Answer:
+    """One worker's part of a round."""
+
+    compute_ns: int
+    """Arithmetic, by the worker's clock."""
+    queue_ns: int
+    """From arrival at the worker to the start of the arithmetic, by the worker's clock."""
+    arrived_ns: int
+    """When the answer was parsed here, `time.perf_counter_ns`."""
+    num_bytes: int
+    """Of the answer on the wire, without framing."""
+
+
+@dataclass(frozen=True, slots=True)
+class Round:
+    """One request to all shards and their answers; times are `time.perf_counter_ns` of the coordinator."""
+
+    action: str
+    """Field name in `ExecuteRequest`: open, project, attend, feed_forward, head."""
+    layer: int | None
+    """None where the action has no layer."""
+    step: int
+    num_rows: int
+    started_ns: int
+    """Before the request was serialized."""
+    written_ns: int
+    """When it was handed to the transport for the last shard."""
+    request_bytes: int
+    """To each worker, without framing."""
+    answers: tuple[Answer, ...]
+    """In shard order."""
+
+    @property
+    def ended_ns(self) -> int:
+        """When the last answer had arrived."""
+        return max(answer.arrived_ns for answer in self.answers)
+
+    @property
+    def overhead_ns(self) -> int:
+        """What the round took beyond its slowest worker's arithmetic."""
+        return self.ended_ns - self.started_ns - max(answer.compute_ns for answer in self.answers)
+
+
+RoundObserver = Callable[[Round], None]
