@@ -167,7 +167,7 @@ class CheckpointFile(_message.Message):
     def __init__(self, name: _Optional[str] = ..., size: _Optional[int] = ..., fingerprint: _Optional[bytes] = ...) -> None: ...
 
 class ShardPlan(_message.Message):
-    __slots__ = ("shard", "num_shards", "dtype", "quantization", "hidden", "attention", "heads", "kv_heads", "layers", "head", "vocabulary", "files", "page_tokens", "random_weights")
+    __slots__ = ("shard", "num_shards", "dtype", "quantization", "hidden", "attention", "heads", "kv_heads", "layers", "head", "vocabulary", "files", "page_tokens", "random_weights", "head_quantization")
     SHARD_FIELD_NUMBER: _ClassVar[int]
     NUM_SHARDS_FIELD_NUMBER: _ClassVar[int]
     DTYPE_FIELD_NUMBER: _ClassVar[int]
@@ -182,6 +182,7 @@ class ShardPlan(_message.Message):
     FILES_FIELD_NUMBER: _ClassVar[int]
     PAGE_TOKENS_FIELD_NUMBER: _ClassVar[int]
     RANDOM_WEIGHTS_FIELD_NUMBER: _ClassVar[int]
+    HEAD_QUANTIZATION_FIELD_NUMBER: _ClassVar[int]
     shard: int
     num_shards: int
     dtype: _tensor_pb2.DType
@@ -196,4 +197,5 @@ class ShardPlan(_message.Message):
     files: _containers.RepeatedCompositeFieldContainer[CheckpointFile]
     page_tokens: int
     random_weights: bool
-    def __init__(self, shard: _Optional[int] = ..., num_shards: _Optional[int] = ..., dtype: _Optional[_Union[_tensor_pb2.DType, str]] = ..., quantization: _Optional[_Union[Quantization, str]] = ..., hidden: _Optional[int] = ..., attention: _Optional[_Union[AttentionSpec, _Mapping]] = ..., heads: _Optional[_Union[Range, _Mapping]] = ..., kv_heads: _Optional[_Union[Range, _Mapping]] = ..., layers: _Optional[_Iterable[_Union[LayerPlan, _Mapping]]] = ..., head: _Optional[_Union[TensorSlice, _Mapping]] = ..., vocabulary: _Optional[_Union[Range, _Mapping]] = ..., files: _Optional[_Iterable[_Union[CheckpointFile, _Mapping]]] = ..., page_tokens: _Optional[int] = ..., random_weights: _Optional[bool] = ...) -> None: ...
+    head_quantization: Quantization
+    def __init__(self, shard: _Optional[int] = ..., num_shards: _Optional[int] = ..., dtype: _Optional[_Union[_tensor_pb2.DType, str]] = ..., quantization: _Optional[_Union[Quantization, str]] = ..., hidden: _Optional[int] = ..., attention: _Optional[_Union[AttentionSpec, _Mapping]] = ..., heads: _Optional[_Union[Range, _Mapping]] = ..., kv_heads: _Optional[_Union[Range, _Mapping]] = ..., layers: _Optional[_Iterable[_Union[LayerPlan, _Mapping]]] = ..., head: _Optional[_Union[TensorSlice, _Mapping]] = ..., vocabulary: _Optional[_Union[Range, _Mapping]] = ..., files: _Optional[_Iterable[_Union[CheckpointFile, _Mapping]]] = ..., page_tokens: _Optional[int] = ..., random_weights: _Optional[bool] = ..., head_quantization: _Optional[_Union[Quantization, str]] = ...) -> None: ...

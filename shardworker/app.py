@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
+from typing import TYPE_CHECKING
 
 import grpc
 import structlog
@@ -20,7 +21,11 @@ from protos.rpc import MAX_WORKER_REPLY_BYTES, MAX_WORKER_REQUEST_BYTES, check_a
 from protos.shardworker_pb2_grpc import add_ShardWorkerServicer_to_server
 from shardworker.executor import Executor
 from shardworker.holding import Holding
+from shardworker.kernels.plain import PlainKernels
 from shardworker.service import ShardWorkerService
+
+if TYPE_CHECKING:
+    from shardworker.kernels.interface import Kernels
 
 log = structlog.get_logger(__name__)
 
@@ -62,7 +67,9 @@ class _HealthNotifier:
         task.add_done_callback(self._tasks.discard)
 
 
-async def start_worker(listen: str, *, device: str = "auto", threads: int | None = None, insecure: bool = False) -> RunningWorker:
+async def start_worker(
+    listen: str, *, device: str = "auto", threads: int | None = None, insecure: bool = False, kernels: Kernels | None = None
+) -> RunningWorker:
     """Start an empty worker.
 
     Args:
@@ -70,6 +77,7 @@ async def start_worker(listen: str, *, device: str = "auto", threads: int | None
         device: "auto", "cpu" or "cuda".
         threads: of torch's arithmetic; by default torch's own choice.
         insecure: whether TCP without TLS was asked for.
+        kernels: the arithmetic; by default the fastest for the device.
 
     Raises:
         InvalidArgument: a bad address, one that is in use, or a device that is not there.
@@ -84,7 +92,7 @@ async def start_worker(listen: str, *, device: str = "auto", threads: int | None
     )
     address = await bind(server, listen)
     executor = Executor(chosen, threads)
-    holding = Holding(executor, _HealthNotifier(checker).notify)
+    holding = Holding(executor, kernels or PlainKernels(chosen), _HealthNotifier(checker).notify)
     add_ShardWorkerServicer_to_server(ShardWorkerService(holding, _version()), server)
     health_pb2_grpc.add_HealthServicer_to_server(checker, server)
     reflection.enable_server_reflection((SERVICE_NAME, health.SERVICE_NAME, reflection.SERVICE_NAME), server)

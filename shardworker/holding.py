@@ -29,6 +29,7 @@ if TYPE_CHECKING:
     from collections.abc import AsyncGenerator, Callable, Iterable
 
     from shardworker.executor import Executor, Timed
+    from shardworker.kernels.interface import Kernels
 
 log = structlog.get_logger(__name__)
 
@@ -70,15 +71,17 @@ class Loading:
 class Holding:
     """What the worker holds; empty at first."""
 
-    def __init__(self, executor: Executor, notify: Callable[[bool], None]) -> None:
+    def __init__(self, executor: Executor, kernels: Kernels, notify: Callable[[bool], None]) -> None:
         """Hold nothing.
 
         Args:
             executor: of the device.
+            kernels: the device's arithmetic.
             notify: told, on the event loop, whenever the worker begins or ceases to serve steps.
 
         """
         self.executor = executor
+        self.kernels = kernels
         self.assignment = 0
         self.sessions: dict[Session, Owner] = {}
         # Highest epoch of each coordinator's process, the latest seen last.
@@ -194,16 +197,16 @@ class Holding:
     def _start(self, of: MeshShard, request: pb.LoadRequest) -> Loading:
         drop = self._let_go()
         loading = self._loading = Loading(of)
-        plan, directory, device = request.plan, request.directory, self.executor.device
+        plan, directory, kernels = request.plan, request.directory, self.kernels
 
         def job() -> Shard:
             drop()
             try:
-                weights, num_bytes = load_weights(plan, directory, device, loading.report, loading.cancelled.is_set)
+                weights, num_bytes = load_weights(plan, directory, kernels, loading.report, loading.cancelled.is_set)
             except BaseException as error:
                 _forget(error)
                 raise
-            return Shard(plan, weights, num_bytes, device)
+            return Shard(plan, weights, num_bytes, kernels)
 
         loading.done = asyncio.ensure_future(self._finish(loading, self.executor.submit(job)))
         # The last waiter may have left.

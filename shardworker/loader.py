@@ -27,6 +27,7 @@ if TYPE_CHECKING:
 
     from protos.plan_pb2 import ShardPlan, TensorSlice
     from protos.safetensors_header import TensorEntry
+    from shardworker.kernels.interface import Kernels
     from shardworker.weights import ShardWeights
 
 STAGING_BYTES = 8 << 20
@@ -131,7 +132,7 @@ class Progress:
 def load_weights(
     plan: ShardPlan,
     directory: str,
-    device: torch.device,
+    kernels: Kernels,
     report: Callable[[Progress], None],
     is_cancelled: Callable[[], bool],
 ) -> tuple[ShardWeights, int]:
@@ -143,12 +144,13 @@ def load_weights(
         LoadCancelled: `is_cancelled` said so, between two reads.
 
     """
+    device = kernels.device
     _check_cancelled(is_cancelled)
-    _check_memory(Layout(plan, META).num_bytes, device)
+    _check_memory(Layout(plan, META, kernels).num_bytes, device)
     with ExitStack() as stack:
         source = None if plan.random_weights else stack.enter_context(Folder(directory, plan))
         try:
-            layout = Layout(plan, device)
+            layout = Layout(plan, device, kernels)
         except RuntimeError as error:  # torch's allocators raise this, or a subclass
             raise OutOfMemory(f"the slice's memory cannot be had: {error}") from error
         done = 0

@@ -49,7 +49,8 @@ def check_plan(plan: pb.ShardPlan) -> None:
     """
     require(plan.shard < plan.num_shards, f"shard {plan.shard} of {plan.num_shards}")
     require(plan.dtype in _DTYPES, f"dtype {plan.dtype} is not F32, BF16 or F16")
-    require(plan.quantization in _QUANTIZATIONS, f"quantization {plan.quantization} is unknown")
+    for quantization in (plan.quantization, plan.head_quantization):
+        require(quantization in _QUANTIZATIONS, f"quantization {quantization} is unknown")
     require(plan.hidden > 0, "hidden is 0")
     require(plan.page_tokens > 0, "page_tokens is 0")
     require(len(plan.layers) > 0, "no layers")

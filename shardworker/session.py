@@ -18,16 +18,16 @@ from protos import tensor_pb2
 from protos.errors import InvalidArgument, MeshError, PlanMismatch, StepMismatch
 from protos.rpc import MAX_CANDIDATES, MAX_WORKER_REPLY_BYTES
 from protos.tensors import encode
-from shardworker.kernels.attention import causal_mask
+from shardworker.kernels.interface import Span
 from shardworker.kv import KvPool
 from shardworker.operands import any_rows, checked_tensor, hidden_rows, routing_of
 from shardworker.plan import length
-from shardworker.shard import Rows, Span
 from shardworker.tables import PageTables, Table
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
+    from shardworker.kernels.interface import StepAttention
     from shardworker.shard import Shard
 
 MAX_OPEN_STEPS = 2
@@ -48,7 +48,7 @@ class Step:
 
     number: int
     batch: pb.Batch
-    rows: Rows
+    attention: StepAttention
     num_rows: int
     phase: Phase
     layer: int = 0
@@ -143,7 +143,7 @@ class Session:
             hidden, dtype, squares = hidden_rows(shard, action.hidden, _num_rows(request, step)), action.hidden.dtype, None
             step = step or self._begin(shard, kv, request)
             qkv = shard.project(action.layer, hidden)
-        partial = shard.attend(action.layer, qkv, squares, step.rows, kv)
+        partial = shard.attend(action.layer, qkv, squares, step.attention, kv)
         response = pb.ExecuteResponse(partial=encode(partial, dtype))
         step.qkv = None
         step.phase = _first_phase(shard)
@@ -182,7 +182,7 @@ class Session:
         own = pb.Batch()
         own.CopyFrom(batch)
         num_rows = sum(rows.num_rows for rows in batch.sequences)
-        step = Step(request.step, own, _rows(shard, kv, batch.sequences, tables), num_rows, _first_phase(shard))
+        step = Step(request.step, own, shard.begin(_spans(batch.sequences, tables)), num_rows, _first_phase(shard))
         self._steps[request.step] = step
         self._last_step = request.step
         return step
@@ -197,23 +197,14 @@ class Session:
             del self._steps[min(self._steps)]
 
 
-def _rows(shard: Shard, kv: KvPool, sequences: Sequence[pb.SequenceRows], tables: Sequence[Table]) -> Rows:
+def _spans(sequences: Sequence[pb.SequenceRows], tables: Sequence[Table]) -> list[Span]:
     spans: list[Span] = []
-    slots: list[int] = []
-    positions: list[int] = []
-    prompts: list[int] = []
+    first = 0
     for rows, table in zip(sequences, tables, strict=True):
-        end = rows.position + rows.num_rows
-        pages = kv.pages(table.pages, end, contiguous=table.contiguous)
-        masked = rows.num_rows > 1 and rows.position > 0
-        mask = causal_mask(rows.position, rows.num_rows, shard.dtype, shard.device) if masked else None
-        spans.append(Span(slice(len(slots), len(slots) + rows.num_rows), pages, mask))
-        slots += kv.slots(table.pages, rows.position, rows.num_rows)
-        positions += range(rows.position, end)
-        prompts += [rows.prompt_tokens] * rows.num_rows
-    device = shard.device
-    rotation = shard.rotation(torch.tensor(positions, device=device), torch.tensor(prompts, device=device))
-    return Rows(tuple(spans), torch.tensor(slots, device=device), rotation)
+        part = slice(first, first + rows.num_rows)
+        spans.append(Span(part, rows.position, rows.prompt_tokens, tuple(table.pages), table.contiguous))
+        first += rows.num_rows
+    return spans
 
 
 def _first_phase(shard: Shard) -> Phase:

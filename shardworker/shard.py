@@ -5,42 +5,21 @@ Each answer is this shard's addend; the coordinator sums. Nothing here checks a 
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from typing import TYPE_CHECKING, NamedTuple
 
 import torch
-from torch.nn import functional
 
 from protos import plan_pb2 as pb
 from protos.tensors import TORCH_DTYPES
-from shardworker.kernels.attention import attention, head_groups
-from shardworker.kernels.experts import experts, feed_forward
-from shardworker.kernels.norm import rms_norm
-from shardworker.kernels.rope import Rotation, dynamic_frequencies, rotate, rotation
+from shardworker.kernels.interface import DynamicRope, HeadSpec
 from shardworker.plan import length
 from shardworker.weights import ExpertsWeights, FeedForwardWeights, ShardWeights
 
 if TYPE_CHECKING:
-    from shardworker.kv import KvPool, Pages
+    from collections.abc import Sequence
 
-
-@dataclass(frozen=True, slots=True)
-class Span:
-    """The rows of one sequence in a step."""
-
-    rows: slice
-    pages: Pages
-    mask: torch.Tensor | None
-
-
-@dataclass(frozen=True, slots=True)
-class Rows:
-    """What attention needs to know of a step's rows; the same in all layers."""
-
-    spans: tuple[Span, ...]
-    slots: torch.Tensor
-    """Where the rows' keys and values go, [rows]."""
-    rotation: Rotation | None
+    from shardworker.kernels.interface import Kernels, Span, StepAttention
+    from shardworker.kv import KvPool
 
 
 class Routing(NamedTuple):
@@ -62,24 +41,22 @@ class Candidates(NamedTuple):
 class Shard:
     """Weights of a plan on a device, and what is computed with them."""
 
-    def __init__(self, plan: pb.ShardPlan, weights: ShardWeights, weights_bytes: int, device: torch.device) -> None:
+    def __init__(self, plan: pb.ShardPlan, weights: ShardWeights, weights_bytes: int, kernels: Kernels) -> None:
         self.plan = plan
-        self.device = device
+        self.device = device = kernels.device
         self.dtype = TORCH_DTYPES[plan.dtype]
         self.weights_bytes = weights_bytes
         self._weights = weights
+        self._kernels = kernels
         self.num_layers = len(plan.layers)
         self.hidden = plan.hidden
         spec = plan.attention
         self.full_norm = spec.qk_norm == pb.QK_NORM_FULL
-        self._eps = spec.qk_norm_eps
-        self._clip = spec.clip_qkv
-        self._scale = spec.scale
         self._dim = spec.head_dim
-        self._heads, self._kv_heads = length(plan.heads), length(plan.kv_heads)
+        self._head_spec = _head_spec(plan, self.dtype, device)
+        self._heads, self._kv_heads = self._head_spec.num_heads, self._head_spec.num_kv_heads
         self._qk_heads = self._heads + self._kv_heads
         heads, kv_heads = range(plan.heads.start, plan.heads.end), range(plan.kv_heads.start, plan.kv_heads.end)
-        self._groups = head_groups(heads, kv_heads, spec.num_heads, spec.num_kv_heads)
         # A kv head's squares are counted by the shard that computes its first query head.
         counted = [head * spec.num_heads // spec.num_kv_heads in heads for head in kv_heads]
         self._counts = torch.zeros(self._qk_heads, 2, device=device)
@@ -88,21 +65,10 @@ class Shard:
         # Which of the two mean squares norms a head, and over how many elements it goes.
         self._norm_index = torch.tensor([0] * self._heads + [1] * self._kv_heads, device=device)
         self._norm_sizes = torch.tensor([spec.num_heads, spec.num_kv_heads], device=device) * float(spec.head_dim)
-        self._frequencies = torch.tensor(spec.rope.inverse_frequencies, dtype=torch.float32, device=device)
 
-    def rotation(self, positions: torch.Tensor, prompt_tokens: torch.Tensor) -> Rotation | None:
-        """Rotary tables for rows at `positions` [rows] of texts whose prompts have `prompt_tokens` [rows]."""
-        rope = self.plan.attention.rope
-        if rope.rotary_dims == 0 or self._qk_heads == 0:
-            return None
-        frequencies = self._frequencies
-        if rope.HasField("dynamic"):
-            dynamic = rope.dynamic
-            lengths = torch.maximum(prompt_tokens, positions + 1)
-            original = dynamic.original_positions
-            scaled = dynamic_frequencies(lengths, dynamic.base, dynamic.factor, original, rope.rotary_dims)
-            frequencies = torch.where((lengths > original).unsqueeze(-1), scaled, frequencies)
-        return rotation(positions, frequencies, rope.attention_factor, self.dtype)
+    def begin(self, spans: Sequence[Span]) -> StepAttention:
+        """Prepare the attention of a step's rows."""
+        return self._kernels.begin(self._head_spec, spans, self.plan.page_tokens)
 
     def project(self, layer: int, hidden: torch.Tensor) -> torch.Tensor:
         """[rows, hidden] -> q, k and v, [rows, heads + 2 * kv_heads, head_dim]."""
@@ -113,36 +79,24 @@ class Shard:
         """Sums of squares of q and of the k heads that this shard answers for, float32 [rows, 2]."""
         return qkv[:, : self._qk_heads].float().square().sum(-1) @ self._counts
 
-    def attend(self, layer: int, qkv: torch.Tensor, squares: torch.Tensor | None, rows: Rows, kv: KvPool) -> torch.Tensor:
+    def attend(
+        self, layer: int, qkv: torch.Tensor, squares: torch.Tensor | None, attention: StepAttention, kv: KvPool
+    ) -> torch.Tensor:
         """Norm, rotate, remember keys and values, attend, project: [rows, hidden].
 
         Args:
             layer: of the model.
             qkv: from `project`.
             squares: with norms over all heads, the sums over all shards, float32 [rows, 2].
-            rows: of the step.
+            attention: of the step.
             kv: of the session.
 
         """
         weights = self._weights.layers[layer].attention
         if self._heads == 0:
             return weights.o.matmul(qkv.new_zeros(qkv.shape[0], 0), weights.o_bias)
-        qk, v = qkv[:, : self._qk_heads], qkv[:, self._qk_heads :]
-        if weights.qk_norm is not None:
-            mean = None if squares is None else (squares / self._norm_sizes).index_select(1, self._norm_index).unsqueeze(-1)
-            qk = rms_norm(qk, weights.qk_norm, self._eps, mean)
-        if self._clip:
-            # After the norm, as in transformers' OlmoeAttention.
-            qk, v = qk.clamp(-self._clip, self._clip), v.clamp(-self._clip, self._clip)
-        if rows.rotation is not None:
-            qk = rotate(qk, rows.rotation)
-        kv.write(layer, rows.slots, qk[:, self._heads :], v)
-        q = qk[:, : self._heads]
-        mixed = [
-            attention(q[span.rows], *kv.read(layer, span.pages), self._groups, self._scale, span.mask) for span in rows.spans
-        ]
-        joined = mixed[0] if len(mixed) == 1 else torch.cat(mixed)
-        return weights.o.matmul(joined.reshape(qkv.shape[0], -1), weights.o_bias)
+        mean = None if squares is None else (squares / self._norm_sizes).index_select(1, self._norm_index)
+        return weights.o.matmul(attention(qkv, weights.qk_norm, mean, *kv.layer(layer)), weights.o_bias)
 
     def num_experts(self, layer: int) -> int:
         """Routed experts of a layer; 0 in dense ones."""
@@ -158,18 +112,21 @@ class Shard:
         """[rows, hidden] -> [rows, hidden]; float32 in MoE layers."""
         weights = self._weights.layers[layer].feed_forward
         if isinstance(weights, FeedForwardWeights):
-            return _block(weights, hidden)
+            return self._block(weights, hidden)
         if routing is None:
             raise TypeError("an MoE layer needs a routing")
-        out = experts(hidden, routing.chosen, routing.weights, weights.gate_up, weights.down)
+        out = self._kernels.experts(hidden, routing.chosen, routing.weights, weights.gate_up, weights.down)
         if weights.shared is not None:
-            shared = _block(weights.shared, hidden)
+            shared = self._block(weights.shared, hidden)
             out.add_(shared if routing.shared is None else shared * routing.shared.to(out.device).unsqueeze(-1))
         return out
 
     def logits(self, hidden: torch.Tensor) -> torch.Tensor:
         """[rows, hidden] -> float32 [rows, vocabulary of this shard]."""
-        return functional.linear(hidden, self._weights.head).float()
+        return self._weights.head.matmul(hidden).float()
+
+    def _block(self, weights: FeedForwardWeights, hidden: torch.Tensor) -> torch.Tensor:
+        return self._kernels.feed_forward(hidden, weights.gate_up, weights.down, weights.gate_up_bias, weights.down_bias)
 
     def candidates(self, hidden: torch.Tensor, count: int, temperatures: torch.Tensor) -> Candidates:
         """Pick the best `count` tokens of each row, best first, equal logits by lower id; `temperatures` is float64 [rows]."""
@@ -202,5 +159,21 @@ def best(logits: torch.Tensor, count: int) -> torch.Tensor:
     return ids.gather(-1, order)
 
 
-def _block(weights: FeedForwardWeights, hidden: torch.Tensor) -> torch.Tensor:
-    return feed_forward(hidden, weights.gate_up, weights.down, weights.gate_up_bias, weights.down_bias)
+def _head_spec(plan: pb.ShardPlan, dtype: torch.dtype, device: torch.device) -> HeadSpec:
+    spec, rope = plan.attention, plan.attention.rope
+    heads = range(plan.heads.start, plan.heads.end)
+    dynamic = rope.dynamic
+    return HeadSpec(
+        num_heads=len(heads),
+        num_kv_heads=length(plan.kv_heads),
+        head_dim=spec.head_dim,
+        kv_head_of=tuple(head * spec.num_kv_heads // spec.num_heads - plan.kv_heads.start for head in heads),
+        scale=spec.scale,
+        qk_norm_eps=spec.qk_norm_eps,
+        clip_qkv=spec.clip_qkv,
+        rotary_dims=rope.rotary_dims,
+        inverse_frequencies=torch.tensor(rope.inverse_frequencies, dtype=torch.float32, device=device),
+        attention_factor=rope.attention_factor,
+        dynamic=DynamicRope(dynamic.base, dynamic.factor, dynamic.original_positions) if rope.HasField("dynamic") else None,
+        dtype=dtype,
+    )

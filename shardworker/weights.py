@@ -13,14 +13,15 @@ import torch
 
 from protos import plan_pb2 as pb
 from protos.tensors import TORCH_DTYPES
-from shardworker.kernels.linear import INT4_BITS, INT8_BITS, DenseWeight, GroupedWeight, Weight
+from shardworker.kernels.linear import DenseWeight
 from shardworker.plan import length, selected_shape
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
+    from shardworker.kernels.interface import Kernels, Weight
+
 META = torch.device("meta")
-_BITS = {pb.QUANTIZATION_INT8: INT8_BITS, pb.QUANTIZATION_INT4: INT4_BITS}
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,7 +68,7 @@ class ShardWeights:
     """All that a shard keeps of a model."""
 
     layers: tuple[LayerWeights, ...]
-    head: torch.Tensor  # [vocabulary, hidden]
+    head: Weight  # [vocabulary, hidden]
 
 
 @dataclass(frozen=True, slots=True)
@@ -84,17 +85,16 @@ class Fill:
 class Layout:
     """Takes the memory of a plan's weights on a device, and lists what fills it. Vectors are seen as [n, 1]."""
 
-    def __init__(self, plan: pb.ShardPlan, device: torch.device) -> None:
+    def __init__(self, plan: pb.ShardPlan, device: torch.device, kernels: Kernels) -> None:
         """Take the memory, uninitialized (biases that are partly absent are zero there)."""
+        self._kernels = kernels
         self.fills: list[Fill] = []
         self.num_bytes = 0
         self._plan = plan
         self._device = device
         self._dtype = TORCH_DTYPES[plan.dtype]
         layers = tuple(self._layer(layer) for layer in plan.layers)
-        head = DenseWeight.empty(selected_shape(plan.head), self._dtype, device)
-        self.weights = ShardWeights(layers, head.tensor)
-        self._add(head, [plan.head])
+        self.weights = ShardWeights(layers, self._weight([plan.head], plan.head_quantization))
 
     def _layer(self, layer: pb.LayerPlan) -> LayerWeights:
         attention = self._attention(layer.attention)
@@ -102,11 +102,11 @@ class Layout:
             return LayerWeights(attention, self._feed_forward(layer.dense))
         part = layer.experts
         shared = self._feed_forward(part.shared) if part.HasField("shared") else None
-        gate_up, down = self._weight([part.gate, part.up]), self._weight([part.down])
+        gate_up, down = self._matrix(part.gate, part.up), self._matrix(part.down)
         return LayerWeights(attention, ExpertsWeights(part.num_experts, gate_up, down, shared))
 
     def _attention(self, part: pb.AttentionSlice) -> AttentionWeights:
-        qkv, o = self._weight([part.q, part.k, part.v]), self._weight([part.o])
+        qkv, o = self._matrix(part.q, part.k, part.v), self._matrix(part.o)
         heads, kv_heads = length(self._plan.heads), length(self._plan.kv_heads)
         dim = self._plan.attention.head_dim
         biases = [_present(part, field) for field in ("q_bias", "k_bias", "v_bias")]
@@ -126,19 +126,21 @@ class Layout:
         columns = length(part.down.ranges[1])
         biases = self._vector([_present(part, "gate_bias"), _present(part, "up_bias")], [columns, columns])
         down_bias = self._vector([_present(part, "down_bias")], [self._plan.hidden])
-        return FeedForwardWeights(self._weight([part.gate, part.up]), self._weight([part.down]), biases, down_bias)
+        return FeedForwardWeights(self._matrix(part.gate, part.up), self._matrix(part.down), biases, down_bias)
 
-    def _weight(self, parts: Sequence[pb.TensorSlice]) -> Weight:
+    def _matrix(self, *parts: pb.TensorSlice) -> Weight:
+        return self._weight(parts, self._plan.quantization)
+
+    def _weight(self, parts: Sequence[pb.TensorSlice], quantization: pb.Quantization) -> Weight:
         """One weight of several slices, one below the other."""
         *experts, _, inputs = selected_shape(parts[0])
         shape = (*experts, sum(selected_shape(part)[-2] for part in parts), inputs)
-        bits = _BITS.get(self._plan.quantization)
-        weight: Weight = (
-            DenseWeight.empty(shape, self._dtype, self._device)
-            if bits is None
-            else GroupedWeight.empty(shape, bits, self._dtype, self._device)
-        )
-        self._add(weight, parts)
+        weight = self._kernels.empty_weight(shape, quantization, self._dtype, self._device)
+        self.num_bytes += weight.nbytes
+        row = 0
+        for part in parts:
+            self.fills.append(Fill(part, weight, row, weight.num_outputs))
+            row += selected_shape(part)[-2]
         return weight
 
     def _vector(
@@ -156,13 +158,6 @@ class Layout:
                 self.fills.append(Fill(part, target, row, is_norm=is_norm))
             row += size
         return target.tensor.view(-1)
-
-    def _add(self, weight: Weight, parts: Sequence[pb.TensorSlice]) -> None:
-        self.num_bytes += weight.nbytes
-        row = 0
-        for part in parts:
-            self.fills.append(Fill(part, weight, row, weight.num_outputs))
-            row += selected_shape(part)[-2]
 
 
 def _present(part: pb.AttentionSlice | pb.FeedForwardSlice, field: str) -> pb.TensorSlice | None:

@@ -18,7 +18,7 @@ MAX_PROTOS_LINES = 1050
 
 # A name imports only from floors beneath its own; a folder named here is one notion, free within itself but for cycles.
 COORDINATOR_FLOORS = (
-    "config request pages scores reduce client embedded text models gguf_import workers.client commands.running",
+    "rounds config request pages scores reduce client embedded text models gguf_import workers.client commands.running",
     "sequence sampler router resident fanout planning commands.options",
     "scheduler head served_model workers.pool",
     "forward progress intake",

@@ -32,6 +32,15 @@ _STORED_DTYPES = {"F32": DTYPE_F32, "BF16": DTYPE_BF16, "F16": DTYPE_F16}
 _CONFIG_DTYPES = {"float32": DTYPE_F32, "bfloat16": DTYPE_BF16, "float16": DTYPE_F16}
 
 
+HEAD_QUANTIZATION = {
+    pb.QUANTIZATION_NONE: pb.QUANTIZATION_NONE,
+    pb.QUANTIZATION_INT8: pb.QUANTIZATION_INT8,
+    # Every token's chance comes from the head: 4 bits lose more there than anywhere (llama.cpp keeps 6 in its Q4_0 files).
+    pb.QUANTIZATION_INT4: pb.QUANTIZATION_INT8,
+}
+"""Of the output head, by that of the layers' matrices."""
+
+
 @dataclass(frozen=True, slots=True)
 class MeshPlan:
     """The plans of all shards of a mesh. Tuples are in shard order."""
@@ -71,7 +80,7 @@ def plan_mesh(
         InvalidArgument: a dtype or quantization that no plan may have, a page without tokens.
 
     """
-    if dtype not in ITEM_BYTES or quantization == pb.QUANTIZATION_UNSPECIFIED or page_tokens < 1:
+    if dtype not in ITEM_BYTES or quantization not in HEAD_QUANTIZATION or page_tokens < 1:
         raise InvalidArgument("a plan needs the dtype F32, BF16 or F16, a quantization, and pages of at least 1 token")
     cutter = _Cutter.of(spec if checkpoint is None else match_layout(spec, checkpoint.tensors), checkpoint, num_shards)
     if checkpoint is not None:
@@ -82,6 +91,7 @@ def plan_mesh(
             num_shards=num_shards,
             dtype=dtype,
             quantization=quantization,
+            head_quantization=HEAD_QUANTIZATION[quantization],
             hidden=spec.hidden,
             attention=spec.attention,
             heads=_range(cutter.heads[shard].heads),

@@ -6,14 +6,15 @@ import math
 from typing import TYPE_CHECKING
 
 from coordinator.planning.slicing import GROUP
+from protos.errors import InvalidArgument
 from protos.plan_pb2 import QK_NORM_HEAD, QUANTIZATION_INT4, QUANTIZATION_INT8, AttentionSlice, FeedForwardSlice, LayerPlan
 from protos.tensor_pb2 import DTYPE_BF16, DTYPE_F16, DTYPE_F32
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Iterator, Sequence
 
     from coordinator.planning.slicing import Span
-    from protos.plan_pb2 import Range, ShardPlan, TensorSlice
+    from protos.plan_pb2 import Quantization, Range, ShardPlan, TensorSlice
 
 ITEM_BYTES = {DTYPE_F32: 4, DTYPE_BF16: 2, DTYPE_F16: 2}
 """By the dtypes that a plan may have."""
@@ -27,12 +28,30 @@ _QKV_BIASES = ("q_bias", "k_bias", "v_bias")
 
 
 def weight_bytes(plan: ShardPlan) -> int:
-    """Count the bytes of a shard's weights: matrices as quantized, biases, norms and the output head in the plan's dtype."""
+    """Count the bytes of a shard's weights: matrices and head as quantized, biases and norms in the plan's dtype."""
     item = ITEM_BYTES[plan.dtype]
-    matrices = sum(_matrix_bytes(plan, part) for layer in plan.layers for part in _matrices(layer))
+    matrices = sum(_matrix_bytes(plan, part, plan.quantization) for layer in plan.layers for part in _matrices(layer))
     vectors = sum(_attention_vector_elements(plan, layer.attention) for layer in plan.layers)
     vectors += sum(_bias_elements(block) for layer in plan.layers for block in _blocks(layer))
-    return matrices + (vectors + _elements(plan.head)) * item
+    return matrices + vectors * item + _matrix_bytes(plan, plan.head, plan.head_quantization)
+
+
+def decode_bytes(plan: ShardPlan, active_experts: Sequence[int], context_tokens: float) -> float:
+    """Count the bytes that a shard has to read for one decoded token: all weights but the idle experts', and the KV cache.
+
+    Args:
+        plan: of the shard.
+        active_experts: routed experts that the token goes to, one number for each layer; 0 in dense layers.
+        context_tokens: tokens whose keys and values are read.
+
+    Raises:
+        InvalidArgument: not one number for each layer, or not within the layer's experts.
+
+    """
+    if len(active_experts) != len(plan.layers):
+        raise InvalidArgument(f"wanted the active experts of {len(plan.layers)} layers, found {len(active_experts)} numbers")
+    idle = sum(_idle_bytes(plan, layer, active) for layer, active in zip(plan.layers, active_experts, strict=True))
+    return weight_bytes(plan) - idle + kv_bytes_per_token(plan) * context_tokens
 
 
 def kv_bytes_per_token(plan: ShardPlan) -> int:
@@ -58,11 +77,22 @@ def _columns(down: TensorSlice) -> Span:
     return down.ranges[-1].start, down.ranges[-1].end
 
 
-def _matrix_bytes(plan: ShardPlan, part: TensorSlice) -> int:
-    if plan.quantization not in GROUP_BYTES:
+def _matrix_bytes(plan: ShardPlan, part: TensorSlice, quantization: Quantization) -> int:
+    if quantization not in GROUP_BYTES:
         return _elements(part) * ITEM_BYTES[plan.dtype]
     columns = _length(part.ranges[-1])
-    return _elements(part) // columns * -(-columns // GROUP) * GROUP_BYTES[plan.quantization]
+    return _elements(part) // columns * -(-columns // GROUP) * GROUP_BYTES[quantization]
+
+
+def _idle_bytes(plan: ShardPlan, layer: LayerPlan, active: int) -> int:
+    """Bytes of the routed experts that a token does not go to."""
+    num_experts = layer.experts.num_experts if layer.HasField("experts") else 0
+    if not 0 <= active <= num_experts:
+        raise InvalidArgument(f"a layer of {num_experts} experts cannot have {active} active ones")
+    if not num_experts:
+        return 0
+    stacked = sum(_matrix_bytes(plan, getattr(layer.experts, name), plan.quantization) for name in _FEED_FORWARD_MATRICES)
+    return stacked // num_experts * (num_experts - active)
 
 
 def _matrices(layer: LayerPlan) -> Iterator[TensorSlice]:

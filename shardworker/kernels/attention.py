@@ -3,9 +3,13 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import torch
 from torch.nn import functional
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
 
 __all__ = ["HeadGroup", "attention", "causal_mask", "head_groups"]
 
@@ -20,19 +24,15 @@ class HeadGroup:
     queries_per_kv_head: int
 
 
-def head_groups(heads: range, kv_heads: range, num_heads: int, num_kv_heads: int) -> tuple[HeadGroup, ...]:
+def head_groups(kv_head_of: Sequence[int]) -> tuple[HeadGroup, ...]:
     """Cut a shard's heads into runs with equal group size: one where the cut is even, at most three otherwise.
 
     Args:
-        heads: whole-model query heads of the shard.
-        kv_heads: whole-model kv heads of the shard; holds those that `heads` read.
-        num_heads: query heads of the whole model.
-        num_kv_heads: kv heads of the whole model; query head h reads kv head h * num_kv_heads / num_heads.
+        kv_head_of: for each query head of the shard the kv head of the shard that it reads, ascending.
 
     """
     counts: dict[int, int] = {}
-    for head in heads:
-        kv_head = head * num_kv_heads // num_heads - kv_heads.start
+    for kv_head in kv_head_of:
         counts[kv_head] = counts.get(kv_head, 0) + 1
     groups: list[HeadGroup] = []
     query = 0

@@ -8,7 +8,7 @@ import torch
 from torch.nn import functional
 
 if TYPE_CHECKING:
-    from shardworker.kernels.linear import Weight
+    from shardworker.kernels.interface import Weight
 
 
 def feed_forward(

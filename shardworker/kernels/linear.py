@@ -1,50 +1,19 @@
-"""Weights and what is multiplied by them: one small interface, so that compiled kernels can take a kind over.
-
-Quantized weights are symmetric, in groups of 32 along the input dimension. Scales are float16, as in GGUF's Q8_0 and Q4_0:
-they are read with every weight, so their bytes are speed, and weights on such a file's grid come back exactly. A group
-whose scale underflows (all weights below 1e-6) becomes zero. Values are rounded against the rounded scale.
-"""
+"""Weights in torch operators: kept whole, or quantized and expanded block by block when they are multiplied."""
 
 from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import Protocol, Self
+from typing import Self
 
 import torch
 from torch.nn import functional
 
 from protos.tensors import BLOCK
+from shardworker.kernels.quantize import INT8_BITS, quantize
 
-INT4_BITS = 4
-INT8_BITS = 8
 DEQUANTIZED_BLOCK = 1 << 20
 """Weights that are expanded at a time: 4 MiB in float32, which a cache still holds."""
-
-
-class Weight(Protocol):
-    """[out, in], or [experts, out, in]."""
-
-    @property
-    def nbytes(self) -> int:
-        """Bytes in memory."""
-
-    @property
-    def num_outputs(self) -> int:
-        """Size of the `out` dimension."""
-
-    @property
-    def num_inputs(self) -> int:
-        """Size of the `in` dimension."""
-
-    def matmul(self, x: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
-        """Multiply [rows, in] by the transpose of [out, in], plus `bias`: [rows, out]."""
-
-    def expert(self, index: int) -> Weight:
-        """[out, in] of one expert; shares memory."""
-
-    def store(self, row: int, block: torch.Tensor) -> int:
-        """Put [n, in] of any float dtype at row `row` of [experts * out, in]; gives the bytes it takes here."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -155,26 +124,3 @@ class GroupedWeight:
             wide = torch.cat((pairs & 15, pairs >> 4), -1).float() - 8
         wide *= scales.unsqueeze(-1).float()
         return wide.view(values.shape[0], -1)[:, : self.num_inputs].to(self.dtype)
-
-
-def quantize(block: torch.Tensor, bits: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """Quantize [n, in] to (values, scales) in the layout of `GroupedWeight`.
-
-    int8: scale = max |w| / 127, value = round(w / scale). int4 (Q4_0): scale = w of the largest |w| / -8,
-    value = floor(w / scale + 8.5) in [0, 15], standing for (value - 8) * scale.
-    """
-    rows, inputs = block.shape
-    groups = functional.pad(block.float(), (0, -inputs % BLOCK)).view(rows, -1, BLOCK)
-    if bits == INT8_BITS:
-        scales = (groups.abs().amax(-1) / 127).half()
-        values = (groups / _divisor(scales)).round_().clamp_(-127, 127).to(torch.int8)
-        return values.view(rows, -1), scales
-    extreme = groups.gather(-1, groups.abs().argmax(-1, keepdim=True)).squeeze(-1)
-    scales = (extreme / -8).half()
-    nibbles = (groups / _divisor(scales)).add_(8.5).floor_().clamp_(0, 15).to(torch.uint8)
-    low, high = nibbles.split(BLOCK // 2, -1)
-    return (low | high << 4).view(rows, -1), scales
-
-
-def _divisor(scales: torch.Tensor) -> torch.Tensor:
-    return scales.float().masked_fill(scales == 0, math.inf).unsqueeze(-1)

@@ -6,9 +6,14 @@ dynamic one is here.
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from shardworker.kernels.interface import HeadSpec, Span
 
 
 class Rotation(NamedTuple):
@@ -52,3 +57,23 @@ def rotate(heads: torch.Tensor, tables: Rotation) -> torch.Tensor:
     first, second = turned.split(dims // 2, -1)
     turned = turned * tables.cos + torch.cat((second, first), -1) * tables.sin
     return turned if dims == heads.shape[-1] else torch.cat((turned, heads[..., dims:]), -1)
+
+
+def span_rotation(heads: HeadSpec, spans: Sequence[Span], dtype: torch.dtype) -> Rotation | None:
+    """Rotary tables of a step's rows; none where heads are not rotated."""
+    if heads.rotary_dims == 0 or heads.num_heads == 0:
+        return None
+    device = heads.inverse_frequencies.device
+    counts = [span.rows.stop - span.rows.start for span in spans]
+    positions = torch.tensor(
+        [position for span, count in zip(spans, counts, strict=True) for position in range(span.position, span.position + count)],
+        device=device,
+    )
+    frequencies = heads.inverse_frequencies
+    if heads.dynamic is not None:
+        base, factor, original = heads.dynamic
+        prompts = [span.prompt_tokens for span, count in zip(spans, counts, strict=True) for _ in range(count)]
+        lengths = torch.maximum(torch.tensor(prompts, device=device), positions + 1)
+        scaled = dynamic_frequencies(lengths, base, factor, original, heads.rotary_dims)
+        frequencies = torch.where((lengths > original).unsqueeze(-1), scaled, frequencies)
+    return rotation(positions, frequencies, heads.attention_factor, dtype)

@@ -19,6 +19,7 @@ from protos.shardworker_pb2_grpc import ShardWorkerStub
 from protos.tensors import decode, encode
 from shardworker.app import RunningWorker, start_worker
 from shardworker.executor import Executor
+from shardworker.kernels.plain import PlainKernels
 from shardworker.loader import load_weights
 from shardworker.shard import Shard
 
@@ -143,6 +144,7 @@ class Tiny:
             num_shards=num_shards,
             dtype=self.dtype,
             quantization=self.quantization,
+            head_quantization=self.quantization,
             hidden=self.hidden,
             attention=self.spec(),
             heads=plan_pb2.Range(start=heads[0], end=heads[1]),
@@ -266,8 +268,9 @@ class Tiny:
 
     def shard(self, plan: plan_pb2.ShardPlan) -> Shard:
         """Load in this process."""
-        weights, num_bytes = load_weights(plan, str(self.directory), CPU, lambda _: None, lambda: False)
-        return Shard(plan, weights, num_bytes, CPU)
+        kernels = PlainKernels(CPU)
+        weights, num_bytes = load_weights(plan, str(self.directory), kernels, lambda _: None, lambda: False)
+        return Shard(plan, weights, num_bytes, kernels)
 
     def load_request(self, plans: list[plan_pb2.ShardPlan] | None = None, shard: int = 0, assignment: int = 1) -> Any:
         plans = plans or [self.plan()]

@@ -15,16 +15,17 @@ from protos import plan_pb2, tensor_pb2
 from protos.errors import ModelError, OutOfMemory
 from shardworker import loader
 from shardworker.kernels.linear import DenseWeight, GroupedWeight
+from shardworker.kernels.plain import PlainKernels
 from shardworker.loader import LoadCancelled, load_weights
 from shardworker.memory import Memory
 from shardworker.weights import META, Layout
 
-CPU = torch.device("cpu")
+KERNELS = PlainKernels(torch.device("cpu"))
 
 
 def load(tiny: Any, plan: plan_pb2.ShardPlan | None = None) -> Any:
-    weights, num_bytes = load_weights(plan or tiny.plan(), str(tiny.directory), CPU, lambda _: None, lambda: False)
-    assert num_bytes == Layout(plan or tiny.plan(), META).num_bytes
+    weights, num_bytes = load_weights(plan or tiny.plan(), str(tiny.directory), KERNELS, lambda _: None, lambda: False)
+    assert num_bytes == Layout(plan or tiny.plan(), META, KERNELS).num_bytes
     return weights
 
 
@@ -58,7 +59,7 @@ def check(tiny: Any, plan: plan_pb2.ShardPlan, dtype: torch.dtype) -> None:
         gate_up = torch.cat([stored(tiny, part.gate), stored(tiny, part.up)], -2)
         assert torch.equal(found.gate_up.tensor, gate_up.to(dtype))
         assert torch.equal(found.down.tensor, stored(tiny, part.down).to(dtype))
-    assert torch.equal(weights.head, stored(tiny, plan.head).to(dtype))
+    assert torch.equal(weights.head.tensor, stored(tiny, plan.head).to(dtype))
 
 
 @pytest.mark.parametrize("file_dtype", [torch.float32, torch.bfloat16, torch.float16])
@@ -100,7 +101,7 @@ def test_only_the_slices_are_read(monkeypatch: pytest.MonkeyPatch, make_tiny: An
     plan = tiny.plan(0, 2)
     load(tiny, plan)
     # In float32 each byte of the slice is read once; the norms once for each head.
-    assert counts[0] == Layout(plan, META).num_bytes
+    assert counts[0] == Layout(plan, META, KERNELS).num_bytes
 
 
 @pytest.mark.parametrize(("quantization", "bits"), [(plan_pb2.QUANTIZATION_INT8, 8), (plan_pb2.QUANTIZATION_INT4, 4)])
@@ -113,18 +114,18 @@ def test_quantized_while_loading_equals_quantized_whole(make_tiny: Any, quantiza
         (weights.layers[1].feed_forward.down, stored(tiny, part.down)),
         (weights.layers[1].feed_forward.gate_up, torch.cat([stored(tiny, part.gate), stored(tiny, part.up)], 1)),
         (weights.layers[0].attention.o, stored(tiny, plan.layers[0].attention.o)),
+        (weights.head, stored(tiny, plan.head)),
     ):
-        whole = GroupedWeight.empty(tuple(wanted.shape), bits, torch.float32, CPU)
+        whole = GroupedWeight.empty(tuple(wanted.shape), bits, torch.float32, KERNELS.device)
         whole.store(0, wanted.reshape(-1, wanted.shape[-1]))
         assert torch.equal(found.values, whole.values)
         assert torch.equal(found.scales, whole.scales)
-    assert weights.head.dtype == torch.float32
     assert weights.layers[0].attention.qk_norm.dtype == torch.float32
 
 
 def test_progress_rises_to_the_whole(tiny: Any) -> None:
     reports: list[loader.Progress] = []
-    _, num_bytes = load_weights(tiny.plan(), str(tiny.directory), CPU, reports.append, lambda: False)
+    _, num_bytes = load_weights(tiny.plan(), str(tiny.directory), KERNELS, reports.append, lambda: False)
     done = [report.loaded_bytes for report in reports]
     assert done == sorted(done)
     assert done[0] == 0
@@ -134,20 +135,20 @@ def test_progress_rises_to_the_whole(tiny: Any) -> None:
 def test_a_load_ends_between_two_reads_when_cancelled(tiny: Any) -> None:
     reports: list[loader.Progress] = []
     with pytest.raises(LoadCancelled):
-        load_weights(tiny.plan(), str(tiny.directory), CPU, reports.append, lambda: len(reports) > 3)
+        load_weights(tiny.plan(), str(tiny.directory), KERNELS, reports.append, lambda: len(reports) > 3)
     assert len(reports) == 4
 
 
 def test_random_weights_are_reproducible_and_sized_like_the_model(tiny: Any) -> None:
     plan = tiny.plan(random_weights=True)
-    first, second = (load_weights(plan, "", CPU, lambda _: None, lambda: False)[0] for _ in range(2))
+    first, second = (load_weights(plan, "", KERNELS, lambda _: None, lambda: False)[0] for _ in range(2))
     gate_up = first.layers[1].feed_forward.gate_up
     assert torch.equal(gate_up.tensor, second.layers[1].feed_forward.gate_up.tensor)
     assert isinstance(gate_up, DenseWeight)
     assert 0.018 < float(gate_up.tensor.std()) < 0.022
     assert not torch.equal(gate_up.tensor[0], gate_up.tensor[1])
     assert torch.equal(first.layers[0].attention.qk_norm, torch.ones(9, 16))
-    assert first.head.shape == (50, 64)
+    assert first.head.tensor.shape == (50, 64)
 
 
 @pytest.mark.parametrize(
@@ -178,7 +179,7 @@ def test_same_size_with_other_contents_is_refused(tiny: Any) -> None:
 @pytest.mark.parametrize("directory", ["", "/no/such/folder", "a\0b"])
 def test_a_missing_folder_is_named(tiny: Any, directory: str) -> None:
     with pytest.raises(ModelError, match="no folder"):
-        load_weights(tiny.plan(), directory, CPU, lambda _: None, lambda: False)
+        load_weights(tiny.plan(), directory, KERNELS, lambda _: None, lambda: False)
 
 
 def test_a_missing_or_different_tensor_is_named(tiny: Any) -> None:
@@ -214,6 +215,7 @@ MEASURE = """
 import sys, torch
 from pathlib import Path
 from protos.plan_pb2 import ShardPlan
+from shardworker.kernels.plain import PlainKernels
 from shardworker.loader import load_weights
 def rss(field):
     for line in Path("/proc/self/status").read_text().splitlines():
@@ -222,7 +224,7 @@ plan = ShardPlan.FromString(Path(sys.argv[1]).read_bytes())
 torch.set_num_threads(1)
 torch.randn(64, 64) @ torch.randn(64, 64); torch.randn(64).bfloat16().float()
 before = rss("VmRSS")
-weights, size = load_weights(plan, sys.argv[2], torch.device("cpu"), lambda p: None, lambda: False)
+weights, size = load_weights(plan, sys.argv[2], PlainKernels(torch.device("cpu")), lambda p: None, lambda: False)
 print(rss("VmHWM") - before, size)
 """
 

@@ -15,6 +15,7 @@ from grpc_reflection.v1alpha import reflection_pb2, reflection_pb2_grpc
 from protos import plan_pb2, shardworker_pb2
 from protos.digest import mesh_digest, shard_digest
 from protos.errors import error_reason
+from protos.rpc import PROTOCOL_VERSION
 from shardworker import holding, loader, service
 from shardworker.memory import Memory
 from shardworker.shard import Shard
@@ -75,7 +76,7 @@ class Gate:
 async def test_an_empty_worker_describes_itself(client: Any) -> None:
     found = await client.describe()
     assert found.held == shardworker_pb2.Held(state=EMPTY)
-    assert (found.protocol_version, found.device, found.num_threads) == (1, "cpu", 1)
+    assert (found.protocol_version, found.device, found.num_threads) == (PROTOCOL_VERSION, "cpu", 1)
     assert found.version
     assert 0 < found.memory_free_bytes <= found.memory_total_bytes
     assert found.peak_rss_bytes > 0

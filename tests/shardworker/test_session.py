@@ -84,7 +84,7 @@ def test_a_failure_halfway_ends_the_step(monkeypatch: pytest.MonkeyPatch, sessio
         raise RuntimeError("broken")
 
     with monkeypatch.context() as patch:
-        patch.setattr(kv.KvPool, "write", fail)
+        patch.setattr(kv.KvPool, "layer", fail)
         with pytest.raises(RuntimeError, match="broken"):
             session.execute(rounds.attend(1, 0, X, make_batch((1, 0, 1, [0]))))
     with pytest.raises(StepMismatch, match="step 1 is not open"):
