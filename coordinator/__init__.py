@@ -16,5 +16,6 @@ fanout, reduce      one round to all shards; the sum of their partials in shard 
 head, scores        the output head: candidates of all shards, merged
 sampler             scores -> token (pure)
 workers/            clients of the workers, assignment and loading
+rounds, bench/      what each round cost; benchmarks and timelines made of that
 models/, planning/  config.json and headers -> spec -> slices -> shard plans (pure)
 """

@@ -49,6 +49,11 @@ class EmbeddedWorkers:
         self._copying: list[asyncio.Task[None]] = []
 
     @property
+    def folder(self) -> Path:
+        """Private to this command; goes with the workers."""
+        return self._directory
+
+    @property
     def addresses(self) -> tuple[str, ...]:
         """Of the workers."""
         return tuple(f"unix:{self._directory}/worker-{number}.sock" for number in range(self._num_workers))

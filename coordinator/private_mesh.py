@@ -14,11 +14,16 @@ from coordinator.served_model import ServedModel
 if TYPE_CHECKING:
     from coordinator.config import ModelSettings
     from coordinator.embedded import EmbeddedWorkers
+    from coordinator.rounds import RoundObserver
     from protos.generation_pb2 import GenerateRequest
 
 
 async def start_private_mesh(
-    workers: EmbeddedWorkers, settings: ModelSettings, kv_tokens: int | None, request: GenerateRequest
+    workers: EmbeddedWorkers,
+    settings: ModelSettings,
+    kv_tokens: int | None,
+    request: GenerateRequest,
+    observer: RoundObserver | None = None,
 ) -> Coordinator:
     """Serve a model on workers that were just started.
 
@@ -27,6 +32,7 @@ async def start_private_mesh(
         settings: of the model.
         kv_tokens: of the KV cache; None for what is usual and fits.
         request: that will be made: what is wrong with it is said before minutes are spent on loading.
+        observer: told of each round.
 
     Raises:
         MeshError: the model, the request or a worker is no good.
@@ -45,4 +51,4 @@ async def start_private_mesh(
         recovery_s=0,
     )
     with LoadProgress() as progress:
-        return await Coordinator.start(serving, model, progress)
+        return await Coordinator.start(serving, model, progress, observer)

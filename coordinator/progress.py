@@ -1,4 +1,4 @@
-"""What a person sees while weights load."""
+"""What a person sees while weights load, and of other work that takes long."""
 
 from __future__ import annotations
 
@@ -6,7 +6,9 @@ import sys
 from typing import TYPE_CHECKING, Self
 
 from rich.console import Console
+from rich.live import Live
 from rich.progress import BarColumn, DownloadColumn, Progress, TaskID, TextColumn, TimeElapsedColumn, TransferSpeedColumn
+from rich.text import Text
 
 if TYPE_CHECKING:
     from coordinator.workers.pool import LoadEvent
@@ -44,3 +46,28 @@ class LoadProgress:
     def __exit__(self, *_: object) -> None:
         """Take them away."""
         self._progress.stop()
+
+
+class StatusLine:
+    """One line on standard error that says what is being done; nothing where that is no terminal.
+
+    It stands still: a spinner's thread would take part in what is measured.
+    """
+
+    def __init__(self) -> None:
+        """Entering the context, then a text, shows it."""
+        self._live = Live(console=Console(file=sys.stderr), auto_refresh=False, transient=True)
+
+    def __call__(self, text: str) -> None:
+        """Show another text."""
+        if sys.stderr.isatty():
+            self._live.start()
+            self._live.update(Text(text), refresh=True)
+
+    def __enter__(self) -> Self:
+        """Nothing is shown yet."""
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        """Take it away."""
+        self._live.stop()

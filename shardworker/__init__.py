@@ -11,6 +11,7 @@ In the order of the data:
     session           the rounds of one coordinator (operands: what each brings; tables: positions and pages)
     shard, kv         the arithmetic of a round; keys and values
     kernels           pure functions on tensors
+    bandwidth         the memory's rate, beside which their speed is judged
 
 Membership test: does it touch a slice? What is decided, or whole, belongs to the coordinator.
 """

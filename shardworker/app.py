@@ -21,7 +21,7 @@ from protos.rpc import MAX_WORKER_REPLY_BYTES, MAX_WORKER_REQUEST_BYTES, check_a
 from protos.shardworker_pb2_grpc import add_ShardWorkerServicer_to_server
 from shardworker.executor import Executor
 from shardworker.holding import Holding
-from shardworker.kernels.plain import PlainKernels
+from shardworker.kernels.choose import choose_kernels
 from shardworker.service import ShardWorkerService
 
 if TYPE_CHECKING:
@@ -92,7 +92,7 @@ async def start_worker(
     )
     address = await bind(server, listen)
     executor = Executor(chosen, threads)
-    holding = Holding(executor, kernels or PlainKernels(chosen), _HealthNotifier(checker).notify)
+    holding = Holding(executor, kernels or choose_kernels(chosen, executor.num_threads), _HealthNotifier(checker).notify)
     add_ShardWorkerServicer_to_server(ShardWorkerService(holding, _version()), server)
     health_pb2_grpc.add_HealthServicer_to_server(checker, server)
     reflection.enable_server_reflection((SERVICE_NAME, health.SERVICE_NAME, reflection.SERVICE_NAME), server)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import json
 import os
 import select
 import shutil
@@ -67,6 +68,24 @@ def serve(*, listen: str, device: str, threads: int | None, insecure: bool, log_
         sys.stdout.flush()
         sys.stderr.flush()
         os._exit(0)
+
+
+@shardworker.command()
+@click.option("--threads", type=click.IntRange(1, 4096), default=1, show_default=True, help="That read at the same time.")
+@click.option("--seconds", type=click.FloatRange(0.01, 60.0), default=1.0, show_default=True, help="How long.")
+@click.option("--wait", is_flag=True, help='Say "ready", and begin at a line on standard input: several can so read together.')
+def measure_memory(*, threads: int, seconds: float, wait: bool) -> None:
+    """Read random 1 MiB chunks of 1 GiB of memory; print {"bytes_per_s": ...}."""
+    # --help needs no numpy.
+    from shardworker.bandwidth import make_buffer, read_buffer  # noqa: PLC0415
+
+    buffer = make_buffer()
+    if wait:
+        click.echo("ready")
+        if not sys.stdin.readline():
+            # Whoever wanted to know is gone.
+            return
+    click.echo(json.dumps({"bytes_per_s": read_buffer(buffer, threads, seconds)}))
 
 
 def main() -> None:

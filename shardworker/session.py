@@ -100,6 +100,7 @@ class Session:
         shard, kv = self._shard, self._kv
         if shard is None or kv is None:
             raise PlanMismatch("the plan of this session was dropped: load it, then open another stream")
+        shard.wake()
         try:
             return self._dispatch(shard, kv, request)
         except MeshError:
@@ -108,6 +109,8 @@ class Session:
             # Halfway through: whatever was written lies beyond the committed tokens.
             self._steps.pop(request.step, None)
             raise
+        finally:
+            shard.rest()
 
     def _dispatch(self, shard: Shard, kv: KvPool, request: pb.ExecuteRequest) -> pb.ExecuteResponse:
         action = request.WhichOneof("action")

@@ -66,6 +66,14 @@ class Shard:
         self._norm_index = torch.tensor([0] * self._heads + [1] * self._kv_heads, device=device)
         self._norm_sizes = torch.tensor([spec.num_heads, spec.num_kv_heads], device=device) * float(spec.head_dim)
 
+    def wake(self) -> None:
+        """A round begins."""
+        self._kernels.wake()
+
+    def rest(self) -> None:
+        """A round ends."""
+        self._kernels.rest()
+
     def begin(self, spans: Sequence[Span]) -> StepAttention:
         """Prepare the attention of a step's rows."""
         return self._kernels.begin(self._head_spec, spans, self.plan.page_tokens)

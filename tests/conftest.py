@@ -1,6 +1,13 @@
 """Settings of all tests."""
 
+import os
+
+import torch
 from hypothesis import settings
+
+if not torch.cuda.is_available():
+    # Before anything imports Triton (transformers does): where there is no GPU its kernels are interpreted on the CPU.
+    os.environ.setdefault("TRITON_INTERPRET", "1")
 
 # The same examples every time, without a deadline: what is red stays red, and a busy machine reddens nothing.
 settings.load_profile("ci")

@@ -19,7 +19,7 @@ MAX_PROTOS_LINES = 1050
 # A name imports only from floors beneath its own; a folder named here is one notion, free within itself but for cycles.
 COORDINATOR_FLOORS = (
     "rounds config request pages scores reduce client embedded text models gguf_import workers.client commands.running",
-    "sequence sampler router resident fanout planning commands.options",
+    "sequence sampler router resident fanout planning commands.options commands.console",
     "scheduler head served_model workers.pool",
     "forward progress intake",
     "engine",
@@ -27,12 +27,13 @@ COORDINATOR_FLOORS = (
     "service",
     "app",
     "private_mesh",
+    "bench",
     "commands",
     "cli",
     "__main__",
 )
 SHARDWORKER_FLOORS = (
-    "memory plan tables safetensors_file executor kernels",
+    "memory bandwidth plan tables safetensors_file executor kernels",
     "weights kv",
     "loader shard",
     "operands",
@@ -50,6 +51,9 @@ WITHOUT_TORCH = (
     "coordinator.request",
     "coordinator.sequence",
     "coordinator.planning",
+    "coordinator.bench",
+    "coordinator.commands.bench",
+    "coordinator.commands.profile",
     "protos.errors",
     "protos.rpc",
     "protos.log",

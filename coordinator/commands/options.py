@@ -14,6 +14,10 @@ if TYPE_CHECKING:
 P = ParamSpec("P")
 R = TypeVar("R")
 
+device_option = click.option(
+    "--device", type=click.Choice(DEVICES), default="auto", show_default=True, help="Of embedded workers."
+)
+
 _MODEL_OPTIONS = (
     click.option(
         "--dtype",
@@ -58,6 +62,23 @@ def mesh_options(command: Callable[P, R]) -> Callable[P, R]:
     return command
 
 
+_PRIVATE_MESH_OPTIONS = (
+    click.option("--model", required=True, help="Folder or hub id."),
+    click.option("--shards", type=click.IntRange(min=1), default=1, show_default=True, help="Workers of the private mesh."),
+    click.option("--threads", type=click.IntRange(1, 4096), help="Of each worker; default: the cores, shared evenly."),
+    device_option,
+    model_options,
+    mesh_options,
+)
+
+
+def private_mesh_options(command: Callable[P, R]) -> Callable[P, R]:
+    """Add --model and the flags of a mesh that lives as long as the command."""
+    for option in reversed(_PRIVATE_MESH_OPTIONS):
+        command = option(command)
+    return command
+
+
 def model_settings(flags: dict[str, Any]) -> ModelSettings:
     """Make settings of the flags that `model_options` and `mesh_options` added, and of --model."""
     return ModelSettings(
@@ -69,8 +90,5 @@ def model_settings(flags: dict[str, Any]) -> ModelSettings:
     )
 
 
-device_option = click.option(
-    "--device", type=click.Choice(DEVICES), default="auto", show_default=True, help="Of embedded workers."
-)
 json_option = click.option("--json", "as_json", is_flag=True, help="Print one JSON object and nothing else.")
 insecure_option = click.option("--insecure", is_flag=True, help="Allow TCP without TLS.")

@@ -133,6 +133,12 @@ class Kernels(Protocol):
     def is_batch_invariant(self) -> bool:
         """Whether a row's results have the same bits whatever rows are computed beside it."""
 
+    def wake(self) -> None:
+        """Work comes: threads may stay awake for it until `rest`."""
+
+    def rest(self) -> None:
+        """No work until the next `wake`."""
+
     def empty_weight(
         self, shape: tuple[int, ...], quantization: Quantization, dtype: torch.dtype, device: torch.device
     ) -> Weight:

@@ -33,6 +33,12 @@ class PlainKernels:
     def __init__(self, device: torch.device) -> None:
         self.device = device
 
+    def wake(self) -> None:
+        """Nothing to do: torch wakes its own threads."""
+
+    def rest(self) -> None:
+        """Nothing to do."""
+
     def empty_weight(
         self, shape: tuple[int, ...], quantization: Quantization, dtype: torch.dtype, device: torch.device
     ) -> Weight:

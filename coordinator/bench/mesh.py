@@ -1,0 +1,88 @@
+"""A private mesh whose rounds are recorded: the one that `coordctl generate` starts, with an observer."""
+
+from __future__ import annotations
+
+import asyncio
+import importlib
+import time
+from contextlib import AsyncExitStack, asynccontextmanager
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from coordinator.bench.load import make_request
+from coordinator.client import GenerationClient
+from coordinator.embedded import EmbeddedWorkers
+from coordinator.planning.plan import PAGE_TOKENS
+
+if TYPE_CHECKING:
+    from collections.abc import AsyncIterator
+    from pathlib import Path
+
+    from coordinator.app import Coordinator
+    from coordinator.config import ModelSettings
+    from coordinator.models.spec import ModelSpec
+    from coordinator.planning.plan import MeshPlan
+    from coordinator.rounds import Round
+
+
+@dataclass(frozen=True, slots=True)
+class MeshSettings:
+    """Which mesh to start."""
+
+    model: ModelSettings
+    shards: int
+    threads: int | None
+    """Of each worker; None shares the cores evenly."""
+    device: str
+    kv_tokens: int | None
+    """Of the KV cache; None for what is usual and fits."""
+
+
+@dataclass(frozen=True, slots=True)
+class RecordedMesh:
+    """A mesh at work."""
+
+    client: GenerationClient
+    spec: ModelSpec
+    plan: MeshPlan
+    folder: Path
+    """For sockets; private, and gone with the mesh."""
+    load_s: float
+    """From the start of the processes until the mesh served."""
+    rounds: list[Round]
+    """All so far; whoever has seen them clears the list."""
+
+    def take_rounds(self) -> list[Round]:
+        """Give the rounds since the last call."""
+        taken = list(self.rounds)
+        self.rounds.clear()
+        return taken
+
+
+@asynccontextmanager
+async def recorded_mesh(settings: MeshSettings, prompt_tokens: int, new_tokens: int) -> AsyncIterator[RecordedMesh]:
+    """Start a private mesh, and end it.
+
+    Args:
+        settings: of the mesh.
+        prompt_tokens: of the longest request that will be made; that it fits into the context is checked before loading.
+        new_tokens: likewise.
+
+    Raises:
+        MeshError: the model, the request or a worker is no good.
+
+    """
+    start = time.monotonic()
+    rounds: list[Round] = []
+    async with AsyncExitStack() as stack:
+        workers = await stack.enter_async_context(EmbeddedWorkers(settings.shards, settings.device, settings.threads))
+        # torch takes seconds to import: here they pass while the workers do the same.
+        private_mesh = await asyncio.to_thread(importlib.import_module, "coordinator.private_mesh")
+        request = make_request([0] * prompt_tokens, new_tokens)
+        coordinator: Coordinator = await private_mesh.start_private_mesh(
+            workers, settings.model, settings.kv_tokens, request, rounds.append
+        )
+        stack.push_async_callback(coordinator.stop, grace_s=0)
+        client = await stack.enter_async_context(GenerationClient(coordinator.address))
+        plan = coordinator.model.plan(settings.shards, PAGE_TOKENS)
+        yield RecordedMesh(client, coordinator.model.spec, plan, workers.folder, time.monotonic() - start, rounds)

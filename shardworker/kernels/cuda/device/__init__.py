@@ -1,0 +1,1 @@
+"""What Triton compiles: functions of tiles. They know nothing but pointers and sizes; nothing here is called as Python."""
