@@ -4,19 +4,22 @@ from __future__ import annotations
 
 import asyncio
 import time
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any, Self, TypeVar
+
+from google.protobuf.message import DecodeError
 
 from coordinator.rounds import Answer, Round
 from protos import rpc
 from protos.errors import ERRORS, MeshError, WorkerLost, WrongResult
-from protos.shardworker_pb2 import ExecuteRequest, Open
+from protos.shardworker_pb2 import ExecuteRequest, ExecuteResponse, Open
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Awaitable, Callable, Coroutine, Iterable, Sequence
 
     from coordinator.rounds import RoundObserver
     from coordinator.workers.client import WorkerSession
-    from protos.shardworker_pb2 import ExecuteResponse
+
+T = TypeVar("T")
 
 
 class Fanout:
@@ -59,18 +62,21 @@ class Fanout:
         action = Open(protocol_version=rpc.PROTOCOL_VERSION, coordinator=coordinator, num_pages=num_pages)
         await self.round(ExecuteRequest(open=action), "opened", num_rows=0)
 
-    async def round(self, request: ExecuteRequest, result: str, num_rows: int) -> list[ExecuteResponse]:
+    async def round(
+        self, request: ExecuteRequest, result: str, num_rows: int, take: Callable[[ExecuteResponse], None] | None = None
+    ) -> list[ExecuteResponse]:
         """Send one request to all shards and collect their responses in shard order.
 
         Args:
             request: without fence and round, which are filled in here.
             result: the kind of result wanted, a field name of `ExecuteResponse`.
             num_rows: rows in the request, for the deadline.
+            take: called with each response in shard order, as soon as it is there.
 
         Raises:
             WorkerLost: a stream is broken or a worker misses the deadline.
             WrongResult: a response belongs to something else.
-            MeshError: what a worker's fault says.
+            MeshError: what a worker's fault says, or what `take` raises.
 
         """
         started_ns = time.perf_counter_ns()
@@ -79,31 +85,30 @@ class Fanout:
         data = request.SerializeToString()
         deadline_s = rpc.round_deadline_s(num_rows)
         replies: list[ExecuteResponse] = []
-        arrived_ns: list[int] = []
-        written_ns = 0
-        awaited = ""
+        answers: list[Answer] = []
+        sessions, awaited = self._sessions, ""
         try:
-            async with asyncio.timeout(deadline_s):
-                for session in self._sessions:
+            async with asyncio.timeout(deadline_s), _Together() as together:
+                writes = together.start(session.write(data) for session in sessions)
+                for session, written in zip(sessions, writes, strict=True):
                     awaited = session.address
-                    await session.write(data)
+                    await written
                 written_ns = time.perf_counter_ns()
-                for session in self._sessions:
+                reads = together.start(session.read() for session in sessions)
+                for shard, (session, read) in enumerate(zip(sessions, reads, strict=True)):
                     awaited = session.address
-                    replies.append(await session.read())
-                    arrived_ns.append(time.perf_counter_ns())
+                    answer = await read
+                    reply = self._parsed(shard, answer, request, result)
+                    answers.append(Answer(reply.compute_ns, reply.queue_ns, time.perf_counter_ns(), len(answer)))
+                    replies.append(reply)
+                    if take:
+                        take(reply)
         except TimeoutError:
             raise WorkerLost(f"worker {awaited} did not answer within {deadline_s:g} s") from None
-        for shard, reply in enumerate(replies):
-            self._check(shard, reply, request, result)
         if self._observer:
-            answers = tuple(
-                Answer(reply.compute_ns, reply.queue_ns, arrived, reply.ByteSize())
-                for reply, arrived in zip(replies, arrived_ns, strict=True)
-            )
             action = request.WhichOneof("action") or ""
             layer = getattr(getattr(request, action), "layer", None)
-            self._observer(Round(action, layer, request.step, num_rows, started_ns, written_ns, len(data), answers))
+            self._observer(Round(action, layer, request.step, num_rows, started_ns, written_ns, len(data), tuple(answers)))
         return replies
 
     def close(self) -> None:
@@ -111,7 +116,11 @@ class Fanout:
         for session in self._sessions:
             session.cancel()
 
-    def _check(self, shard: int, reply: ExecuteResponse, request: ExecuteRequest, result: str) -> None:
+    def _parsed(self, shard: int, answer: bytes, request: ExecuteRequest, result: str) -> ExecuteResponse:
+        try:
+            reply = ExecuteResponse.FromString(answer)
+        except DecodeError as error:
+            raise WrongResult(f"{self._name(shard)} answered what is no message: {error}") from None
         kind = reply.WhichOneof("result")
         if kind == "fault":
             fault = reply.fault
@@ -121,6 +130,32 @@ class Fanout:
         if found != wanted:
             names = "(result, step, round, epoch, shard)"
             raise WrongResult(f"{self._name(shard)} answered {names} = {found}, wanted {wanted}")
+        return reply
 
     def _name(self, shard: int) -> str:
         return f"worker {self._sessions[shard].address}"
+
+
+class _Together:
+    """Work side by side without a task for the first: a round on one worker needs none."""
+
+    def __init__(self) -> None:
+        self._tasks: list[asyncio.Task[Any]] = []
+
+    def start(self, work: Iterable[Coroutine[Any, Any, T]]) -> list[Awaitable[T]]:
+        """Start all; the first one runs when it is awaited, which must be at once."""
+        first, *others = work
+        tasks = [asyncio.ensure_future(other) for other in others]
+        self._tasks += tasks
+        return [first, *tasks]
+
+    async def __aenter__(self) -> Self:
+        """Use as a context at whose end nothing runs any more."""
+        return self
+
+    async def __aexit__(self, *_: object) -> None:
+        """Cancel what was not awaited to its end."""
+        for task in self._tasks:
+            if not task.cancel():
+                # Failed beside another one, whose failure is told.
+                task.cancelled() or task.exception()

@@ -16,7 +16,7 @@ from coordinator.scores import RowScores, from_logits, merge_candidates
 from protos import rpc, shardworker_pb2, tensor_pb2
 from protos.errors import WrongResult
 from protos.shardworker_pb2 import ExecuteRequest
-from protos.tensors import decode, encode
+from protos.tensors import all_finite, decode, encode
 
 if TYPE_CHECKING:
     from collections.abc import Sequence as Rows
@@ -129,7 +129,7 @@ class _Listed:
 
 def _check_finite(shard: int, *tensors: torch.Tensor) -> None:
     # A NaN would sort first and be chosen.
-    if not all(bool(torch.isfinite(tensor).all()) for tensor in tensors):
+    if not all(all_finite(tensor) for tensor in tensors):
         raise WrongResult(f"shard {shard} answered logits that are NaN or infinite")
 
 

@@ -2,48 +2,64 @@
 
 from __future__ import annotations
 
-import math
 from typing import TYPE_CHECKING
 
-import torch
-
 from protos.errors import InvalidArgument, WrongResult
-from protos.tensors import decode
+from protos.tensors import all_finite, decode
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    import torch
 
     from protos.tensor_pb2 import Tensor
 
 
-def reduce_partials(partials: Sequence[Tensor], shape: tuple[int, ...]) -> torch.Tensor:
-    """Sum in float32, in shard order and never in order of arrival: the same mesh gives the same bits.
+class PartialSum:
+    """A sum in float32, in shard order and never in order of arrival: the same mesh gives the same bits."""
 
-    Args:
-        partials: one message of each shard, any wire dtype.
-        shape: what each must be.
+    def __init__(self, shape: tuple[int, ...]) -> None:
+        """Start without addends.
 
-    Returns:
-        f32 tensor of that shape.
+        Args:
+            shape: what each partial must be.
 
-    Raises:
-        WrongResult: a partial of another shape or without its bytes, or a sum that is not finite.
+        """
+        self._shape = shape
+        self._partials: list[torch.Tensor] = []
+        self._total: torch.Tensor | None = None
 
-    """
-    total: torch.Tensor | None = None
-    for shard, message in enumerate(partials):
-        if tuple(message.shape) != shape:
-            raise WrongResult(f"shard {shard} answered a partial of shape {list(message.shape)}, wanted {list(shape)}")
+    def add(self, message: Tensor) -> None:
+        """Add the next shard's partial, of any wire dtype.
+
+        Raises:
+            WrongResult: it has another shape, or not its bytes.
+
+        """
+        shard = len(self._partials)
+        if tuple(message.shape) != self._shape:
+            raise WrongResult(f"shard {shard} answered a partial of shape {list(message.shape)}, wanted {list(self._shape)}")
         try:
-            partial = decode(message).float()
+            partial = decode(message)
         except InvalidArgument as error:
             raise WrongResult(f"shard {shard} answered a partial that is none: {error}") from None
-        # Not in place: a decoded float32 tensor is the message's own bytes.
-        total = partial if total is None else total + partial
-    if total is None:
-        raise ValueError("there are no partials to sum")
-    # One number tells almost always; only if it is not finite, which huge addends could cause too, each is looked at.
-    if not math.isfinite(float(total.sum())) and not bool(torch.isfinite(total).all()):
-        culprits = [shard for shard, message in enumerate(partials) if not bool(torch.isfinite(decode(message)).all())]
-        raise WrongResult(f"the partials of shards {culprits or 'all'} sum to NaN or infinity")
-    return total
+        self._partials.append(partial)
+        if shard == 0:
+            self._total = partial.float()
+        elif shard == 1:
+            # Not in place: the first one, in float32, is the message's own bytes.
+            self._total = self._total + partial
+        elif self._total is not None:
+            self._total += partial
+
+    def total(self) -> torch.Tensor:
+        """Give the sum, f32, not to be written to.
+
+        Raises:
+            WrongResult: it is not finite.
+
+        """
+        if self._total is None:
+            raise ValueError("there are no partials to sum")
+        if not all_finite(self._total):
+            culprits = [shard for shard, partial in enumerate(self._partials) if not all_finite(partial.float())]
+            raise WrongResult(f"the partials of shards {culprits or 'all'} sum to NaN or infinity")
+        return self._total

@@ -42,8 +42,9 @@ def route(logits: torch.Tensor, gate: GateSpec, correction: torch.Tensor | None)
     for_choosing = scores if correction is None else scores + correction
     if gate.num_groups > 1:
         for_choosing = _mask_groups(for_choosing, gate)
-    experts = torch.topk(for_choosing, gate.top_k, dim=-1).indices
-    weights = scores.gather(1, experts)
+    weights, experts = torch.topk(for_choosing, gate.top_k, dim=-1)
+    if for_choosing is not scores:
+        weights = scores.gather(1, experts)
     if gate.renormalize:
         total = weights.sum(dim=-1, keepdim=True)
         weights = weights / (total if gate.scoring is Scoring.SOFTMAX else total + _SMALLEST_SUM)

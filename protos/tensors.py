@@ -20,6 +20,8 @@ if TYPE_CHECKING:
 BLOCK = 32
 """Elements of the last dimension that share one scale in `DTYPE_INT8_BLOCK32`, and the group size of quantized weights."""
 
+_SMALLEST_NORMAL = 2.0**-126
+
 MAX_DIMENSIONS = 4
 MAX_DIMENSION = 2**31 - 1
 
@@ -43,14 +45,24 @@ def encode(tensor: torch.Tensor, dtype: tensor_pb2.DType) -> tensor_pb2.Tensor:
         dtype: the wire's dtype.
 
     """
-    shape = list(tensor.shape)
-    if not tensor.numel():
-        return tensor_pb2.Tensor(dtype=dtype, shape=shape)
-    if dtype == tensor_pb2.DTYPE_INT8_BLOCK32:
-        return tensor_pb2.Tensor(dtype=dtype, shape=shape, data=_encode_blocks(tensor))
-    flat = tensor.detach().to(device="cpu", dtype=TORCH_DTYPES[dtype]).contiguous()
-    # numpy has no bfloat16, but bytes are bytes.
-    return tensor_pb2.Tensor(dtype=dtype, shape=shape, data=flat.view(torch.uint8).numpy().tobytes())
+    message = tensor_pb2.Tensor()
+    encode_into(message, tensor, dtype)
+    return message
+
+
+def encode_into(message: tensor_pb2.Tensor, tensor: torch.Tensor, dtype: tensor_pb2.DType) -> None:
+    """As `encode`, into an empty message where it stands: to move a message into another one copies its bytes.
+
+    Args:
+        message: a field of the message that is sent.
+        tensor: any shape of 1 to 4 dimensions.
+        dtype: the wire's dtype.
+
+    """
+    message.dtype = dtype
+    message.shape.extend(tensor.shape)
+    if tensor.numel():
+        message.data = _encode_blocks(tensor) if dtype == tensor_pb2.DTYPE_INT8_BLOCK32 else _encode_plain(tensor, dtype)
 
 
 def decode(message: tensor_pb2.Tensor) -> torch.Tensor:
@@ -98,22 +110,41 @@ def num_bytes(dtype: tensor_pb2.DType, shape: Sequence[int]) -> int:
     return math.prod(shape) * TORCH_DTYPES[dtype].itemsize
 
 
+def all_finite(tensor: torch.Tensor) -> bool:
+    """Whether no element is NaN or infinite."""
+    # One number tells almost always; only if it is not finite, which huge addends could cause too, each is looked at.
+    return math.isfinite(tensor.sum().item()) or bool(torch.isfinite(tensor).all())
+
+
+def _encode_plain(tensor: torch.Tensor, dtype: tensor_pb2.DType) -> bytes:
+    flat = tensor.detach().to(device="cpu", dtype=TORCH_DTYPES[dtype])
+    if flat.dtype == torch.bfloat16:
+        # numpy has no bfloat16, but bytes are bytes.
+        flat = flat.contiguous().view(torch.int16)
+    # In row-major order, however the tensor lies.
+    return flat.numpy().tobytes()
+
+
 def _encode_blocks(tensor: torch.Tensor) -> bytes:
     rows = tensor.detach().to(device="cpu", dtype=torch.float32).reshape(-1, tensor.shape[-1])
-    padding = -rows.shape[1] % BLOCK
-    blocks = torch.nn.functional.pad(rows, (0, padding)).view(rows.shape[0], -1, BLOCK)  # [rows, blocks, 32]
-    # bfloat16 keeps float32's range: a partial of any size survives. Values are rounded against the rounded scale.
-    scales = (blocks.abs().amax(dim=-1) / 127).to(torch.bfloat16)
-    divisor = scales.float().masked_fill(scales == 0, 1)
-    values = (blocks / divisor.unsqueeze(-1)).round().clamp(-127, 127).to(torch.int8)
-    return values.numpy().tobytes() + scales.contiguous().view(torch.uint8).numpy().tobytes()
+    if padding := -rows.shape[1] % BLOCK:
+        rows = torch.nn.functional.pad(rows, (0, padding))
+    blocks = rows.reshape(-1, BLOCK)  # [rows * blocks, 32]
+    # bfloat16 keeps float32's range: a partial of any size survives. Values are rounded against the rounded scale, which is
+    # off by 1/512 at most, so that none leaves its 8 bits.
+    scales = blocks.abs().amax(dim=-1, keepdim=True).mul_(1 / 127).to(torch.bfloat16)
+    # Below the normal numbers bfloat16 is too coarse for that: such blocks count as 0.
+    scales.masked_fill_(scales < _SMALLEST_NORMAL, 0)
+    inverse = scales.float().reciprocal_().masked_fill_(scales == 0, 0)
+    values = (blocks * inverse).round_().to(torch.int8)
+    return values.numpy().tobytes() + scales.view(torch.int16).numpy().tobytes()
 
 
 def _decode_blocks(data: bytes, shape: tuple[int, ...]) -> torch.Tensor:
     rows, columns = math.prod(shape[:-1]), shape[-1]
-    num_blocks = math.ceil(columns / BLOCK)
-    count = rows * num_blocks
-    values = torch.frombuffer(data, dtype=torch.int8, count=count * BLOCK).view(rows, num_blocks, BLOCK)
-    # A copy, because the scales may begin at an odd address.
-    scales = torch.frombuffer(bytearray(data[count * BLOCK :]), dtype=torch.bfloat16).view(rows, num_blocks, 1)
-    return (values.float() * scales.float()).view(rows, -1)[:, :columns].reshape(shape)
+    num_blocks = rows * math.ceil(columns / BLOCK)
+    # The scales begin at an even address, for there are 32 values to each.
+    values = torch.frombuffer(data, dtype=torch.int8, count=num_blocks * BLOCK).view(-1, BLOCK)
+    scales = torch.frombuffer(data, dtype=torch.bfloat16, offset=num_blocks * BLOCK).view(-1, 1)
+    decoded = values.float().mul_(scales).view(rows, -1)
+    return decoded[:, :columns].reshape(shape)

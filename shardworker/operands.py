@@ -9,7 +9,7 @@ import torch
 from protos import shardworker_pb2 as pb
 from protos import tensor_pb2
 from protos.errors import InvalidArgument
-from protos.tensors import decode
+from protos.tensors import all_finite, decode
 from shardworker.shard import Routing
 
 if TYPE_CHECKING:
@@ -48,7 +48,7 @@ def checked_tensor(message: tensor_pb2.Tensor, name: str, dtype: tensor_pb2.DTyp
         wanted = f"{list(shape)}" if dtype is None else f"{tensor_pb2.DType.Name(dtype)} {list(shape)}"
         raise InvalidArgument(f"{name}: wanted {wanted}, found dtype {message.dtype} {message.shape[:8]}")
     tensor = decode(message)
-    if dtype == tensor_pb2.DTYPE_F32 and not bool(torch.isfinite(tensor).all()):
+    if dtype == tensor_pb2.DTYPE_F32 and not all_finite(tensor):
         raise InvalidArgument(f"{name}: wanted finite numbers, found NaN or infinity")
     return tensor
 

@@ -27,7 +27,11 @@ _MODEL_OPTIONS = (
         help="Arithmetic; auto: the checkpoint's.",
     ),
     click.option(
-        "--quantize", type=click.Choice(list(QUANTIZATIONS)), default="none", show_default=True, help="Weights of the workers."
+        "--quantize",
+        type=click.Choice(list(QUANTIZATIONS)),
+        default="none",
+        show_default=True,
+        help="Matrices of the workers; the output head has at least 8 bits, routers, norms, biases and embedding stay whole.",
     ),
     click.option(
         "--load-format",

@@ -32,6 +32,7 @@ if TYPE_CHECKING:
 
     from coordinator.models.spec import ModelSpec
     from coordinator.planning.slicing import Span
+    from protos.plan_pb2 import Quantization
 
 
 @click.command()
@@ -88,8 +89,13 @@ class Outline:
 
     @property
     def quantization(self) -> str:
-        """As on the command line."""
-        return next(name for name, kind in QUANTIZATIONS.items() if kind == self.mesh.shards[0].quantization)
+        """Of the layers' matrices, as on the command line."""
+        return _quantization_name(self.mesh.shards[0].quantization)
+
+    @property
+    def head_quantization(self) -> str:
+        """Of the output head, likewise."""
+        return _quantization_name(self.mesh.shards[0].head_quantization)
 
     def as_dict(self) -> dict[str, object]:
         """Make the object of `--json`; ranges are half-open [start, end], sizes are bytes."""
@@ -116,6 +122,7 @@ class Outline:
             "context": spec.context,
             "dtype": self.dtype,
             "quantization": self.quantization,
+            "head_quantization": self.head_quantization,
             "headers_checked": self.headers,
             "plan_digest": mesh.digest.hex(),
             "shards": shards,
@@ -127,6 +134,8 @@ class Outline:
         """Print a table, one line for each shard; ranges are half-open start:end (length)."""
         spec, mesh = self.spec, self.mesh
         quantized = "" if self.quantization == "none" else f", {self.quantization} weights"
+        if self.head_quantization != self.quantization:
+            quantized += f" ({self.head_quantization} head)"
         console.print(
             f"{self.model}: {spec.family}, {_show_count(self.parameters)} parameters, {spec.num_layers} layers, "
             f"context {spec.context}, {self.dtype}{quantized}",
@@ -149,6 +158,10 @@ class Outline:
         console.print(table)
         if not self.headers:
             console.print("Planned from config.json alone: no weights were looked at.", highlight=False)
+
+
+def _quantization_name(quantization: Quantization) -> str:
+    return next(name for name, kind in QUANTIZATIONS.items() if kind == quantization)
 
 
 def _show_count(count: int) -> str:

@@ -9,7 +9,7 @@ import grpc
 
 from protos import rpc, shardworker_pb2_grpc
 from protos.errors import MeshError, WorkerLost, from_rpc_error
-from protos.shardworker_pb2 import DescribeRequest, DescribeResponse, ExecuteResponse, LoadRequest, LoadResponse
+from protos.shardworker_pb2 import DescribeRequest, DescribeResponse, LoadRequest, LoadResponse
 
 if TYPE_CHECKING:
     from collections.abc import AsyncGenerator
@@ -83,7 +83,8 @@ class WorkerClient:
             "/shardmesh.v1.ShardWorker/Execute",
             # Requests come serialized: the same bytes go to all shards.
             request_serializer=None,
-            response_deserializer=ExecuteResponse.FromString,
+            # Responses are parsed by whoever counts their bytes.
+            response_deserializer=None,
         )
         return WorkerSession(self.address, call())
 
@@ -127,8 +128,8 @@ class WorkerSession:
         except (grpc.aio.AioRpcError, asyncio.InvalidStateError, grpc.aio.UsageError) as error:
             raise self._lost(error) from error
 
-    async def read(self) -> ExecuteResponse:
-        """Receive the next response.
+    async def read(self) -> bytes:
+        """Receive the next serialized `ExecuteResponse`.
 
         Raises:
             WorkerLost: the stream is broken.

@@ -6,15 +6,17 @@ import importlib
 from typing import TYPE_CHECKING
 
 import structlog
+import torch
 
 from shardworker.kernels.plain import PlainKernels
 
 if TYPE_CHECKING:
-    import torch
-
     from shardworker.kernels.interface import Kernels
 
 log = structlog.get_logger(__name__)
+
+LEAST_CAPABILITY = (8, 0)
+"""Of a GPU for the Triton kernels: the first that multiplies bfloat16."""
 
 
 def choose_kernels(device: torch.device, num_threads: int) -> Kernels:
@@ -33,4 +35,14 @@ def choose_kernels(device: torch.device, num_threads: int) -> Kernels:
         else:
             kernels: Kernels = compiled.CompiledKernels(num_threads)
             return kernels
+    if device.type == "cuda" and (capability := torch.cuda.get_device_capability(device)) < LEAST_CAPABILITY:
+        log.warning("no Triton kernels: the GPU is too old", capability=capability, wanted=LEAST_CAPABILITY)
+    elif device.type == "cuda":
+        try:
+            triton = importlib.import_module("shardworker.kernels.cuda.kernels")
+        except ImportError as error:
+            log.warning("no Triton kernels: install with the extra `cuda` for speed", error=str(error))
+        else:
+            on_gpu: Kernels = triton.CudaKernels(device)
+            return on_gpu
     return PlainKernels(device)

@@ -15,7 +15,6 @@ import torch
 
 from protos.plan_pb2 import QUANTIZATION_INT4, QUANTIZATION_INT8
 from protos.tensors import BLOCK
-from shardworker.kernels.quantize import INT4_BITS, INT8_BITS, quantize
 from shardworker.kernels.rope import span_rotation
 from shardworker.native import _operations
 
@@ -36,7 +35,7 @@ VARIANTS = _operations.variants()
 _DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 _INT8, _INT4 = 3, 4
 _KINDS = {QUANTIZATION_INT8: _INT8, QUANTIZATION_INT4: _INT4}
-_BITS = {_INT8: INT8_BITS, _INT4: INT4_BITS}
+_QUANTIZED = frozenset(_KINDS.values())
 _GROUP_BYTES = {0: 4 * BLOCK, 1: 2 * BLOCK, 2: 2 * BLOCK, _INT8: BLOCK, _INT4: BLOCK // 2}
 
 
@@ -56,15 +55,13 @@ class PackedWeight:
     """float16 [experts, scales of a matrix]; quantized kinds only."""
 
     @classmethod
-    def empty(
-        cls, kernels: CompiledKernels, shape: tuple[int, ...], kind: int, dtype: torch.dtype, device: torch.device
-    ) -> Self:
+    def empty(cls, kernels: CompiledKernels, shape: tuple[int, ...], kind: int, dtype: torch.dtype, device: torch.device) -> Self:
         """Take memory, uninitialized."""
         *stacked, outputs, inputs = shape
         groups = math.ceil(outputs / PANEL) * PANEL * math.ceil(inputs / BLOCK)
         experts = math.prod(stacked)
         values = torch.empty((experts, groups * _GROUP_BYTES[kind]), dtype=torch.uint8, device=device)
-        scales = torch.empty((experts, groups), dtype=torch.float16, device=device) if kind in _BITS else None
+        scales = torch.empty((experts, groups), dtype=torch.float16, device=device) if kind in _QUANTIZED else None
         if device.type == "cpu":
             for part in (values, scales):
                 if part is not None:
@@ -97,13 +94,11 @@ class PackedWeight:
 
     def store(self, row: int, block: torch.Tensor) -> int:
         """Convert or quantize [n, in] and lay it out from row `row` of the flattened weight on."""
-        if bits := _BITS.get(self.kind):
-            values, scales = quantize(block, bits)
-            values, scales = values.contiguous(), scales.contiguous()
-        else:
-            values, scales = block.to(self.dtype).contiguous(), None
+        if block.dtype not in _DTYPES or block.stride(-1) != 1:
+            block = block.float().contiguous()
         count = block.shape[0]
-        _operations.pack(
+        _operations.store(
+            self.kernels.pool,
             self.kind,
             self.num_outputs,
             self.num_inputs,
@@ -111,9 +106,9 @@ class PackedWeight:
             _address(self.scales),
             row,
             count,
-            values.data_ptr(),
-            values.stride(0) * values.itemsize,
-            _address(scales),
+            block.data_ptr(),
+            block.stride(0) * block.itemsize,
+            _DTYPES[block.dtype],
         )
         return count * self.nbytes // max(1, self.values.shape[0] * self.num_outputs)
 
@@ -170,7 +165,9 @@ class CompiledKernels:
         """[rows, hidden] -> float32 [rows, hidden]."""
         return self._feed_forward(x, gate_up, down, (_address(gate_up_bias), _address(down_bias)), (0, 0, 0, 0))
 
-    def experts(self, x: torch.Tensor, chosen: torch.Tensor, weights: torch.Tensor, gate_up: Weight, down: Weight) -> torch.Tensor:
+    def experts(
+        self, x: torch.Tensor, chosen: torch.Tensor, weights: torch.Tensor, gate_up: Weight, down: Weight
+    ) -> torch.Tensor:
         """Weighted sum of each row's experts, float32 [rows, hidden]."""
         chosen, weights = chosen.to(torch.int32).contiguous(), weights.to(torch.float32).contiguous()
         num_experts = _packed(down).values.shape[0]

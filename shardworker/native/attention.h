@@ -65,10 +65,7 @@ INLINE void *slot_of(const struct attention_job *job, void *pool, int64_t kv_hea
 INLINE float element(const void *p, int64_t i, enum dtype dtype) {
     if (dtype == DTYPE_F32) return ((const float *)p)[i];
     if (dtype == DTYPE_F16) return half_to_float(((const uint16_t *)p)[i]);
-    uint32_t wide = (uint32_t)((const uint16_t *)p)[i] << 16;
-    float value;
-    memcpy(&value, &wide, 4);
-    return value;
+    return bfloat_to_float(((const uint16_t *)p)[i]);
 }
 
 /* Writes a head of `n` floats, which lies in whole vectors. */

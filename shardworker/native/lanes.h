@@ -5,9 +5,7 @@
 #ifndef SHARDMESH_LANES_H
 #define SHARDMESH_LANES_H
 
-#include <math.h>
-#include <stdint.h>
-#include <string.h>
+#include "half.h"
 
 #if defined(__x86_64__)
 #include <immintrin.h>
@@ -33,20 +31,6 @@ INLINE vf vf_load(const float *p) { vf v; memcpy(&v, p, sizeof v); return v; }
 INLINE void vf_store(float *p, vf v) { memcpy(p, &v, sizeof v); }
 INLINE vu vu_load(const void *p) { vu v; memcpy(&v, p, sizeof v); return v; }
 
-/* float16 of any kind, subnormal ones too. */
-INLINE float half_to_float(uint16_t h) {
-    uint32_t magnitude = (uint32_t)(h & 0x7fff) << 13;
-    float scaled, two_112 = 0x1p112f;
-    memcpy(&scaled, &magnitude, 4);
-    scaled *= two_112;
-    uint32_t bits;
-    memcpy(&bits, &scaled, 4);
-    if ((h & 0x7c00) == 0x7c00) bits |= 0x7f800000u;
-    bits |= (uint32_t)(h & 0x8000) << 16;
-    memcpy(&scaled, &bits, 4);
-    return scaled;
-}
-
 INLINE vf load_half(const uint16_t *p) {
 #if LANES == 16
     return (vf)_mm512_cvtph_ps(_mm256_loadu_si256((const void *)p));
@@ -65,15 +49,7 @@ INLINE void store_half(uint16_t *p, vf v) {
 #elif LANES == 8
     _mm_storeu_si128((void *)p, _mm256_cvtps_ph((__m256)v, _MM_FROUND_TO_NEAREST_INT));
 #else
-    for (int i = 0; i < LANES; i++) {
-        float magnitude = fabsf(v[i]), scaled = magnitude * 0x1p-112f;
-        uint32_t bits, sign = signbit(v[i]) ? 0x8000 : 0;
-        memcpy(&bits, &scaled, 4);
-        if (magnitude < 0x1p-14f) bits = (uint32_t)lrintf(magnitude * 0x1p24f) << 13; /* subnormal: a multiple of 2^-24 */
-        else if (magnitude >= 65520.0f) bits = 0x7c00u << 13;
-        else bits += 0xfff + ((bits >> 13) & 1);
-        p[i] = (uint16_t)(magnitude != magnitude ? sign | 0x7e00 : sign | (bits >> 13));
-    }
+    for (int i = 0; i < LANES; i++) p[i] = float_to_half(v[i]);
 #endif
 }
 

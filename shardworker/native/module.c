@@ -6,8 +6,8 @@
 
 #include "bandwidth.h"
 #include "operations.h"
-#include "pack.h"
 #include "pool.h"
+#include "store.h"
 
 static const struct operations *variants[4];
 static int num_variants;
@@ -159,13 +159,14 @@ static PyObject *attention(PyObject *module, PyObject *const *arguments, Py_ssiz
 
 /* ---- memory */
 
-static PyObject *pack(PyObject *module, PyObject *const *arguments, Py_ssize_t count) {
-    int64_t v[10];
+static PyObject *store(PyObject *module, PyObject *const *arguments, Py_ssize_t count) {
+    int64_t v[MAX_ARGUMENTS];
+    struct pool *pool = read_job(arguments, count, 10, v);
     (void)module;
-    if (read_integers(arguments, count, 10, v)) return NULL;
-    const struct packing job = {(enum kind)v[0], v[1], v[2], address(v[3]), address(v[4]), v[5], v[6], address(v[7]), v[8], address(v[9])};
+    if (!pool) return NULL;
+    const struct storing job = {(enum kind)v[0], v[1], v[2], address(v[3]), address(v[4]), v[5], v[6], address(v[7]), v[8], (enum dtype)v[9]};
     Py_BEGIN_ALLOW_THREADS
-    pack_rows(&job);
+    store_rows(pool, &job);
     Py_END_ALLOW_THREADS
     Py_RETURN_NONE;
 }
@@ -218,7 +219,7 @@ static PyMethodDef methods[] = {
     {"linear", FAST(linear), "pool, variant, weight (5), x, rows, bias, out, dtype"},
     {"feed_forward", FAST(feed_forward), "pool, variant, gate_up (5), down (5), x, rows, biases (2), out, dtype, chosen, weights, num_experts, k"},
     {"attention", FAST(attention), "pool, variant, and the fields of attention_job"},
-    {"pack", FAST(pack), "The fields of packing."},
+    {"store", FAST(store), "pool, and the fields of storing"},
     {"use_huge_pages", FAST(use_huge_pages), "address, bytes"},
     {"measure_bandwidth", measure_bandwidth, METH_VARARGS, "num_threads, seconds, num_bytes -> bytes per second"},
     {NULL, NULL, 0, NULL},

@@ -56,8 +56,6 @@ struct attention_job {
     enum dtype dtype;
 };
 
-/* Row `row` of sixteen outputs of a weight: values [inputs] as the kind stores them (float32, 16-bit words, int8, or int4 as
- * bytes 0 ... 15), and the row's scales. */
 struct operations {
     const char *name;
     int (*linear)(struct pool *pool, const struct linear_job *job);

@@ -35,16 +35,9 @@ static void lay_out_row(const void *x, enum dtype dtype, int64_t inputs, int pai
     const int64_t item = dtype == DTYPE_F32 ? 4 : 2;
     for (; i + LANES <= inputs; i += LANES) vf_store(row + i, load_as_float(bytes + i * item, dtype));
     for (; i < inputs; i++) {
-        uint16_t half;
-        uint32_t wide;
-        if (dtype == DTYPE_F32) {
-            memcpy(row + i, bytes + i * 4, 4);
-            continue;
-        }
-        memcpy(&half, bytes + i * 2, 2);
-        wide = (uint32_t)half << 16;
-        if (dtype == DTYPE_BF16) memcpy(row + i, &wide, 4);
-        else row[i] = half_to_float(half);
+        if (dtype == DTYPE_F32) row[i] = ((const float *)x)[i];
+        else if (dtype == DTYPE_BF16) row[i] = bfloat_to_float(((const uint16_t *)x)[i]);
+        else row[i] = half_to_float(((const uint16_t *)x)[i]);
     }
     memset(row + inputs, 0, (size_t)(whole - inputs) * 4);
 }
@@ -52,14 +45,9 @@ static void lay_out_row(const void *x, enum dtype dtype, int64_t inputs, int pai
 /* Adds `bias` [count] in `dtype`. */
 INLINE void add_bias(float *out, const void *bias, enum dtype dtype, int64_t first, int64_t count) {
     for (int64_t i = 0; i < count; i++) {
-        float one[LANES];
-        if (dtype == DTYPE_F32) one[0] = ((const float *)bias)[first + i];
-        else if (dtype == DTYPE_F16) one[0] = half_to_float(((const uint16_t *)bias)[first + i]);
-        else {
-            uint32_t wide = (uint32_t)((const uint16_t *)bias)[first + i] << 16;
-            memcpy(one, &wide, 4);
-        }
-        out[i] += one[0];
+        if (dtype == DTYPE_F32) out[i] += ((const float *)bias)[first + i];
+        else if (dtype == DTYPE_BF16) out[i] += bfloat_to_float(((const uint16_t *)bias)[first + i]);
+        else out[i] += half_to_float(((const uint16_t *)bias)[first + i]);
     }
 }
 

@@ -41,13 +41,13 @@ class FakeSession:
             await asyncio.Event().wait()
         self.requests.append(ExecuteRequest.FromString(request))
 
-    async def read(self) -> ExecuteResponse:
+    async def read(self) -> bytes:
         self._log.append(f"read {self._shard}")
         reply = self._answer(self.requests[-1], self._shard)
         if reply is None:
             await asyncio.Event().wait()
             raise AssertionError
-        return reply
+        return reply.SerializeToString()
 
     def cancel(self) -> None:
         self.cancelled = True

@@ -1,5 +1,6 @@
 """The layer loop over a fan-out that does the whole model's math in two halves."""
 
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -66,13 +67,17 @@ class FakeMesh:
             return ResidentLayer(weight(HIDDEN), weight(HIDDEN))
         return ResidentLayer(weight(HIDDEN), weight(HIDDEN), router=weight(EXPERTS, HIDDEN), shared_router=weight(1, HIDDEN))
 
-    async def round(self, request: ExecuteRequest, result: str, num_rows: int) -> list[ExecuteResponse]:
+    async def round(
+        self, request: ExecuteRequest, result: str, num_rows: int, take: Callable[[ExecuteResponse], None]
+    ) -> list[ExecuteResponse]:
         kept = ExecuteRequest()
         kept.CopyFrom(request)
         self.requests.append(kept)
         action = getattr(request, request.WhichOneof("action") or "")
         replies = [ExecuteResponse(**{result: encode(self._answer(action, shard), DTYPE_F32)}) for shard in range(2)]
         assert len(self._rows(action)) == num_rows
+        for reply in replies:
+            take(reply)
         return replies
 
     def _rows(self, action: Any) -> torch.Tensor:

@@ -53,6 +53,17 @@ def test_headers_are_enough(tmp_path: Path) -> None:
     assert found["total_weight_bytes"] == sum(shard["weight_bytes"] for shard in found["shards"])
 
 
+@pytest.mark.parametrize(
+    ("quantization", "head", "text"),
+    [("none", "none", "bf16\n"), ("int8", "int8", "bf16, int8 weights\n"), ("int4", "int8", "bf16, int4 weights (int8 head)\n")],
+)
+def test_the_head_is_named_where_it_differs(tmp_path: Path, quantization: str, head: str, text: str) -> None:
+    arguments = ("--model", config_alone(tmp_path, "olmoe-1b-7b"), "--quantize", quantization)
+    found = as_json(*arguments)
+    assert (found["quantization"], found["head_quantization"]) == (quantization, head)
+    assert text in run(*arguments).stdout
+
+
 def test_config_is_enough_with_random_weights(tmp_path: Path) -> None:
     found = as_json("--model", config_alone(tmp_path, "intellect-3"), "--shards", 8, "--load-format", "random")
     assert found["parameters"] == 106_852_251_264

@@ -3,10 +3,17 @@
 import pytest
 import torch
 
-from coordinator.reduce import reduce_partials
+from coordinator.reduce import PartialSum
 from protos.errors import WrongResult
 from protos.tensor_pb2 import DTYPE_BF16, DTYPE_F32, DTYPE_INT8_BLOCK32, DType, Tensor
 from protos.tensors import decode, encode
+
+
+def reduce_partials(messages: list[Tensor], shape: tuple[int, ...]) -> torch.Tensor:
+    total = PartialSum(shape)
+    for message in messages:
+        total.add(message)
+    return total.total()
 
 
 def test_partials_are_summed_in_shard_order() -> None:

@@ -59,12 +59,13 @@ async def test_weights_that_lie_on_the_grid_lose_nothing(  # noqa: PLR0917  # fi
 
 
 def _round_weights(source: Path, target: Path, grid: GGMLQuantizationType) -> None:
-    """Write the checkpoint with every weight that a worker quantizes rounded to the grid by the gguf package."""
+    """Write the checkpoint with what a worker quantizes rounded by the gguf package: matrices to `grid`, the head to Q8_0."""
     target.mkdir()
     (target / "config.json").write_bytes((source / "config.json").read_bytes())
     tensors = load_file(source / "model.safetensors")
     for name, tensor in tensors.items():
-        if "_proj.weight" in name:
-            rounded = dequantize(quantize(tensor.numpy(), grid), grid)
+        if "_proj.weight" in name or name == "lm_head.weight":
+            kind = grid if "_proj.weight" in name else GGMLQuantizationType.Q8_0
+            rounded = dequantize(quantize(tensor.numpy(), kind), kind)
             tensors[name] = torch.from_numpy(rounded.reshape(tensor.shape).copy())
     save_file(tensors, target / "model.safetensors", metadata={"format": "pt"})

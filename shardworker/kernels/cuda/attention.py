@@ -31,6 +31,11 @@ def power_of_2(count: int) -> int:
     return 1 << max(0, count - 1).bit_length()
 
 
+def splits_of(tokens: int) -> int:
+    """Stretches in so many tokens."""
+    return -(-tokens // SPLIT_TOKENS)
+
+
 @dataclass(frozen=True, slots=True, eq=False)
 class HeadKernels:
     """Attention of one shard's heads over the pages of one session, with the tables of one step."""
@@ -62,7 +67,7 @@ class HeadKernels:
             self._read_prompts(q, keys, values, out)
         return out.view(qkv.shape[0], -1)
 
-    def _place(
+    def _place(  # noqa: PLR0917  # as `attend`
         self,
         qkv: torch.Tensor,
         qk_norm: torch.Tensor | None,

@@ -31,7 +31,9 @@ def rows_at_once(chosen: int, hidden: int) -> int:
     return max(1, PRODUCT_BYTES // (chosen * hidden * torch.float32.itemsize))
 
 
-def routed_experts(x: torch.Tensor, array: torch.Tensor, frame: RouteFrame, gate_up: CudaWeight, down: CudaWeight) -> torch.Tensor:
+def routed_experts(
+    x: torch.Tensor, array: torch.Tensor, frame: RouteFrame, gate_up: CudaWeight, down: CudaWeight
+) -> torch.Tensor:
     """Weighted sum of each row's experts, float32 [rows, hidden].
 
     Silu and the products between are float32, rounded once, to the dtype of `x`, before `down`. Sums run in ascending order

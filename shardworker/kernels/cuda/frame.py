@@ -99,7 +99,9 @@ class Frame:
         places = self._places()
         array, memory = staged(places[-1][2], device)
         array.fill(0)
-        slots, pages, decoding, tiles, group_starts, kv_head_of = (array[begin:end].reshape(shape) for shape, begin, end in places)
+        slots, pages, decoding, tiles, group_starts, kv_head_of = (
+            array[begin:end].reshape(shape) for shape, begin, end in places
+        )
         slots.fill(-1)
         decoded = tiled = 0
         for sequence, span in enumerate(spans):

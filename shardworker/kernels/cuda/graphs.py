@@ -110,12 +110,12 @@ class CudaRecorder:
     def __init__(self, device: torch.device) -> None:
         self._device = device
         self._stream: torch.cuda.Stream | None = None
-        self._pool: object = None
 
     def record(self, compute: Callable[[], torch.Tensor]) -> Recording:
         """Run once beside, so that everything is compiled and loaded, then capture."""
         if self._stream is None:
-            self._stream, self._pool = torch.cuda.Stream(self._device), torch.cuda.graph_pool_handle()
+            self._stream = torch.cuda.Stream(self._device)
+            self._pool = torch.cuda.graph_pool_handle()
         current = torch.cuda.current_stream(self._device)
         self._stream.wait_stream(current)
         # Not `torch.cuda.graph`, which collects garbage and empties the allocator's cache: 96 times for a first token.

@@ -83,26 +83,26 @@ class CudaKernels:
         x, matrices = x.contiguous(), (cast("CudaWeight", gate_up), cast("CudaWeight", down))
         num_experts, k = stored(matrices[1])[0].shape[0], chosen.shape[1]
         if self._graphs is not None and rows <= FEW_ROWS:
-            return self._recorded(self._graphs, x, chosen, weights, route_frame(power_of_2(rows), k, num_experts), matrices)
+            return self._recorded(self._graphs, x, (chosen, weights), route_frame(power_of_2(rows), k, num_experts), matrices)
         parts = []
-        for part in torch.arange(rows).split(rows_at_once(k, hidden)):
-            run = slice(int(part[0]), int(part[-1]) + 1)
-            frame = route_frame(len(part), k, num_experts)
-            array = frame.fill(chosen[run], weights[run], self.device).to(self.device, non_blocking=True)
-            parts.append(routed_experts(x[run], array, frame, *matrices))
+        most = rows_at_once(k, hidden)
+        for start in range(0, rows, most):
+            part = slice(start, min(start + most, rows))
+            frame = route_frame(part.stop - start, k, num_experts)
+            array = frame.fill(chosen[part], weights[part], self.device).to(self.device, non_blocking=True)
+            parts.append(routed_experts(x[part], array, frame, *matrices))
         return parts[0] if len(parts) == 1 else torch.cat(parts)
 
     def _recorded(
         self,
         graphs: Graphs,
         x: torch.Tensor,
-        chosen: torch.Tensor,
-        weights: torch.Tensor,
+        routing: tuple[torch.Tensor, torch.Tensor],
         frame: RouteFrame,
         matrices: tuple[CudaWeight, CudaWeight],
     ) -> torch.Tensor:
         addresses = tuple((*(part.data_ptr() for part in stored(weight)[:2]), stored(weight)[2]) for weight in matrices)
-        array = frame.fill(chosen, weights, self.device)
+        array = frame.fill(*routing, self.device)
 
         def compute(x: torch.Tensor, array: torch.Tensor) -> torch.Tensor:
             return routed_experts(x, array, frame, *matrices)

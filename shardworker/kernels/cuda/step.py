@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 
-from shardworker.kernels.cuda.attention import SPLIT_TOKENS, HeadKernels, power_of_2
-from shardworker.kernels.cuda.frame import Frame
+from shardworker.kernels.cuda.attention import HeadKernels, power_of_2, splits_of
+from shardworker.kernels.cuda.frame import Frame, num_rows
 from shardworker.kernels.cuda.graphs import Input
 from shardworker.kernels.cuda.tiles import FEW_ROWS
 from shardworker.kernels.rope import Rotation, span_rotation
@@ -119,8 +119,8 @@ def begin_step(
 ) -> CudaStepAttention | RecordedStepAttention:
     """Put the tables of a step on the GPU."""
     frame = Frame.of(spans, heads)
-    longest = max((span.position + 1 for span in spans if span.rows.stop - span.rows.start == 1), default=1)
-    num_splits = -(-longest // SPLIT_TOKENS)
+    longest = max((span.position + 1 for span in spans if num_rows(span) == 1), default=1)
+    num_splits = splits_of(longest)
     is_recorded = graphs is not None and frame.tiles == 0 and frame.rows <= FEW_ROWS and frame.heads > 0
     if is_recorded:
         frame, num_splits = frame.rounded(power_of_2(frame.rows)), power_of_2(num_splits)

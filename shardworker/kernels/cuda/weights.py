@@ -1,4 +1,4 @@
-"""Weights on the GPU, in the layouts of `shardworker.kernels.linear`: a row's bytes follow each other and are read as whole lines."""
+"""Weights on the GPU, in the layouts of `shardworker.kernels.linear`: a row's bytes are one run, read as whole lines."""
 
 from __future__ import annotations
 

@@ -26,14 +26,6 @@ def test_weights_on_the_grid_of_a_gguf_file_come_back_exactly(bits: int) -> None
     assert torch.equal(grouped(weight, bits).dequantize(slice(None)), weight)
 
 
-def test_int4_bytes_are_those_of_q4_0() -> None:
-    raw = np.random.default_rng(1).normal(size=(4, 64)).astype(np.float32)
-    blocks = gguf.quantize(raw, KINDS[4]).reshape(8, 18)
-    found = grouped(torch.from_numpy(raw), 4)
-    assert np.array_equal(found.values.numpy().reshape(8, 16), blocks[:, 2:])
-    assert np.array_equal(found.scales.numpy().reshape(8), blocks[:, :2].copy().view(np.float16).reshape(8))
-
-
 @pytest.mark.parametrize(("bits", "steps"), [(8, 127), (4, 8)])
 def test_error_is_bounded_by_the_scale(bits: int, steps: int) -> None:
     weight = torch.randn(10, 50)

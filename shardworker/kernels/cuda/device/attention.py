@@ -91,27 +91,24 @@ def attend_split(
 
     Args:
         q: [step rows, HEADS, DIM].
-        keys: [kv_heads, slots, DIM]; `head_stride` elements from one kv head to the next.
+        keys: [kv_heads, slots, DIM], heads `head_stride` elements apart.
         values: as `keys`.
-        decoding: int32 [rows, 4]: row of the step, sequence, tokens (0: nothing to do), unused.
+        decoding: from `Tables`.
         page_table: int32 [sequences, num_pages].
-        group_starts: int32 [kv_heads + 1]: the first query head of each kv head.
+        group_starts: from `Tables`.
         mixed_out: float32 [rows, HEADS, splits, DIM].
-        best_out: float32 [rows, HEADS, splits].
-        weight_out: likewise.
+        best_out: float32 [rows, HEADS, splits]; `weight_out` too.
         GROUP: the most query heads of a kv head, as a power of 2 from 16.
 
     """
     entry, kv_head, split = tl.program_id(0), tl.program_id(1), tl.program_id(2)
-    row = tl.load(decoding + entry * 4)
-    sequence = tl.load(decoding + entry * 4 + 1)
+    row, sequence = tl.load(decoding + entry * 4), tl.load(decoding + entry * 4 + 1)
     length = tl.load(decoding + entry * 4 + 2)
     start = split * SPLIT
     if start < length:
         end = tl.minimum(start + SPLIT, length)
-        head = tl.load(group_starts + kv_head) + tl.arange(0, GROUP)
+        head, dim = tl.load(group_starts + kv_head) + tl.arange(0, GROUP), tl.arange(0, WIDTH)
         is_head = head < tl.load(group_starts + kv_head + 1)
-        dim = tl.arange(0, WIDTH)
         mask = is_head[:, None] & (dim < DIM)[None, :]
         mine = tl.load(q + (row * HEADS + head[:, None]) * DIM + dim[None, :], mask=mask, other=0.0)
         k, v = keys + kv_head.to(tl.int64) * head_stride, values + kv_head.to(tl.int64) * head_stride
@@ -122,9 +119,7 @@ def attend_split(
         for first in range(start, end, STEP):
             tokens = first + tl.arange(0, STEP)
             visible = tl.full((GROUP, STEP), 1, dtype=tl.int1)
-            best, weight, mixed = fold(
-                mine, k, v, pages, tokens, visible, best, weight, mixed, scale, end, PAGE, DIM, WIDTH
-            )
+            best, weight, mixed = fold(mine, k, v, pages, tokens, visible, best, weight, mixed, scale, end, PAGE, DIM, WIDTH)
         part = (entry * HEADS + head).to(tl.int64) * tl.num_programs(2) + split
         tl.store(mixed_out + part[:, None] * DIM + dim[None, :], mixed, mask=mask)
         tl.store(best_out + part, best, mask=is_head)
@@ -187,11 +182,11 @@ def attend_prompt(
 
     Args:
         q: [step rows, HEADS, DIM].
-        keys: [kv_heads, slots, DIM]; `head_stride` elements from one kv head to the next.
+        keys: [kv_heads, slots, DIM], heads `head_stride` elements apart.
         values: as `keys`.
-        tiles: int32 [tiles, 4]: row of the step, number of rows, position of the first, sequence.
+        tiles: from `Tables`.
         page_table: int32 [sequences, num_pages].
-        kv_head_of: int32 [HEADS].
+        kv_head_of: from `Tables`.
         out: [step rows, HEADS, DIM].
         ROWS: of a tile, a power of 2 from 16.
 

@@ -29,6 +29,30 @@ def shaped(
 
 
 @triton.jit
+def turned(
+    x,
+    part,
+    dim,
+    norm,
+    scale,
+    clip,
+    cos,
+    sin,
+    HAS_NORM: tl.constexpr,
+    HAS_CLIP: tl.constexpr,
+    DIM: tl.constexpr,
+    ROTARY: tl.constexpr,
+):
+    """Rotate `part`, what `shaped` gave for all dimensions of `x`; those from ROTARY on stay."""
+    is_rotary = dim < ROTARY
+    partner = tl.where(dim < ROTARY // 2, dim + ROTARY // 2, dim - ROTARY // 2)
+    other = shaped(x, tl.where(is_rotary, partner, dim), norm, scale, clip, HAS_NORM, HAS_CLIP, DIM)
+    c = tl.load(cos + dim, mask=is_rotary, other=1.0).to(tl.float32)
+    s = tl.load(sin + dim, mask=is_rotary, other=0.0).to(tl.float32)
+    return part * c + other * s
+
+
+@triton.jit
 def place_heads(
     qkv,
     norm,
@@ -57,43 +81,35 @@ def place_heads(
         qkv: [rows, HEADS + 2 * KV_HEADS, DIM].
         norm: [HEADS + KV_HEADS, DIM]; read with HAS_NORM.
         mean_squares: float32 [rows, HEADS + KV_HEADS]; read with HAS_MEAN, otherwise a head's own are taken.
-        cos: [rows, ROTARY].
-        sin: likewise; its first half is negated.
+        cos: [rows, ROTARY]; `sin` too, its first half negated.
         slots: int32 [rows], where keys and values go; below 0: nowhere.
         q_out: [rows, HEADS, DIM].
-        keys: [KV_HEADS, slots, DIM]; `head_stride` elements from one kv head to the next.
-        values: as `keys`.
-        eps: of the norm.
-        clip: read with HAS_CLIP.
-        ROTARY: dimensions that are rotated.
+        keys: [KV_HEADS, slots, DIM], heads `head_stride` elements apart; `values` too.
 
     """
-    row, head = tl.program_id(0).to(tl.int64), tl.program_id(1)
-    dim = tl.arange(0, WIDTH)
+    row, head, dim = tl.program_id(0).to(tl.int64), tl.program_id(1), tl.arange(0, WIDTH)
     is_dim = dim < DIM
     x = qkv + (row * (HEADS + 2 * KV_HEADS) + head) * DIM
     slot = tl.load(slots + row).to(tl.int64)
     if head >= HEADS + KV_HEADS:
         value = shaped(x, dim, norm, 0.0, clip, False, HAS_CLIP, DIM)
-        at = (head - HEADS - KV_HEADS).to(tl.int64) * head_stride + slot * DIM + dim
-        tl.store(values + at, value.to(values.dtype.element_ty), mask=is_dim & (slot >= 0))
+        if slot >= 0:
+            at = (head - HEADS - KV_HEADS).to(tl.int64) * head_stride + slot * DIM + dim
+            tl.store(values + at, value.to(values.dtype.element_ty), mask=is_dim)
     else:
         scale = 0.0
         if HAS_MEAN:
-            scale = 1.0 / tl.sqrt(tl.load(mean_squares + row * (HEADS + KV_HEADS) + head) + eps)
+            scale = tl.rsqrt(tl.load(mean_squares + row * (HEADS + KV_HEADS) + head) + eps)
         elif HAS_NORM:
             wide = tl.load(x + dim, mask=is_dim, other=0.0).to(tl.float32)
-            scale = 1.0 / tl.sqrt(tl.sum(wide * wide, 0) / DIM + eps)
-        turned = shaped(x, dim, norm + head * DIM, scale, clip, HAS_NORM, HAS_CLIP, DIM)
+            scale = tl.rsqrt(tl.sum(wide * wide, 0) / DIM + eps)
+        norm += head * DIM
+        part = shaped(x, dim, norm, scale, clip, HAS_NORM, HAS_CLIP, DIM)
         if ROTARY > 0:
-            is_rotary = dim < ROTARY
-            partner = tl.where(dim < ROTARY // 2, dim + ROTARY // 2, dim - ROTARY // 2)
-            other = shaped(x, tl.where(is_rotary, partner, dim), norm + head * DIM, scale, clip, HAS_NORM, HAS_CLIP, DIM)
-            c = tl.load(cos + row * ROTARY + dim, mask=is_rotary, other=1.0).to(tl.float32)
-            s = tl.load(sin + row * ROTARY + dim, mask=is_rotary, other=0.0).to(tl.float32)
-            turned = turned * c + other * s
+            cos += row * ROTARY
+            part = turned(x, part, dim, norm, scale, clip, cos, sin + row * ROTARY, HAS_NORM, HAS_CLIP, DIM, ROTARY)
         if head < HEADS:
-            tl.store(q_out + (row * HEADS + head) * DIM + dim, turned.to(q_out.dtype.element_ty), mask=is_dim)
-        else:
+            tl.store(q_out + (row * HEADS + head) * DIM + dim, part.to(q_out.dtype.element_ty), mask=is_dim)
+        elif slot >= 0:
             at = (head - HEADS).to(tl.int64) * head_stride + slot * DIM + dim
-            tl.store(keys + at, turned.to(keys.dtype.element_ty), mask=is_dim & (slot >= 0))
+            tl.store(keys + at, part.to(keys.dtype.element_ty), mask=is_dim)

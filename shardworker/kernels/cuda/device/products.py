@@ -18,6 +18,72 @@ def spread(scales, OUTPUTS: tl.constexpr, GROUPS: tl.constexpr, WIDTH: tl.conste
 
 
 @triton.jit
+def multiply_dense(x_starts, is_row, weight_starts, is_output, total, INPUTS: tl.constexpr, STEP: tl.constexpr):
+    """Add the products of `multiply` for weights in the dtype of `x`."""
+    for start in range(0, INPUTS, STEP):
+        at = start + tl.arange(0, STEP)[None, :]
+        left = tl.load(x_starts + at, mask=is_row & (at < INPUTS), other=0.0)
+        right = tl.load(weight_starts + at, mask=is_output & (at < INPUTS), other=0.0)
+        total = tl.dot(left, tl.trans(right), total, input_precision="ieee")
+    return total
+
+
+@triton.jit
+def multiply_int8(
+    x_starts,
+    is_row,
+    weight_starts,
+    scale_starts,
+    is_output,
+    total,
+    INPUTS: tl.constexpr,
+    OUTPUTS: tl.constexpr,
+    STEP: tl.constexpr,
+):
+    """Add the products of `multiply` for int8."""
+    GROUPS: tl.constexpr = (INPUTS + 31) // 32
+    for start in range(0, INPUTS, STEP):
+        at = start + tl.arange(0, STEP)[None, :]
+        group = start // 32 + tl.arange(0, STEP // 32)[None, :]
+        scale = tl.load(scale_starts + group, mask=is_output & (group < GROUPS), other=0.0)
+        whole = tl.load(weight_starts + at, mask=is_output & (at < GROUPS * 32), other=0)
+        left = tl.load(x_starts + at, mask=is_row & (at < INPUTS), other=0.0)
+        right = (whole.to(tl.float32) * spread(scale, OUTPUTS, STEP // 32, 32)).to(left.dtype)
+        total = tl.dot(left, tl.trans(right), total, input_precision="ieee")
+    return total
+
+
+@triton.jit
+def multiply_int4(
+    x_starts,
+    is_row,
+    weight_starts,
+    scale_starts,
+    is_output,
+    total,
+    INPUTS: tl.constexpr,
+    OUTPUTS: tl.constexpr,
+    STEP: tl.constexpr,
+):
+    """Add the products of `multiply` for int4: a byte holds elements i and i + 16 of a group, so each half is a product."""
+    GROUPS: tl.constexpr = (INPUTS + 31) // 32
+    byte = tl.arange(0, STEP // 2)[None, :]
+    for start in range(0, INPUTS, STEP):
+        group = start // 32 + tl.arange(0, STEP // 32)[None, :]
+        scale = tl.load(scale_starts + group, mask=is_output & (group < GROUPS), other=0.0)
+        scale = spread(scale, OUTPUTS, STEP // 32, 16)
+        pairs = tl.load(weight_starts + start // 2 + byte, mask=is_output & (start // 2 + byte < GROUPS * 16), other=0)
+        low = start + byte // 16 * 32 + byte % 16
+        left = tl.load(x_starts + low, mask=is_row & (low < INPUTS), other=0.0)
+        right = (((pairs & 15).to(tl.float32) - 8.0) * scale).to(left.dtype)
+        total = tl.dot(left, tl.trans(right), total, input_precision="ieee")
+        left = tl.load(x_starts + low + 16, mask=is_row & (low + 16 < INPUTS), other=0.0)
+        right = (((pairs >> 4).to(tl.float32) - 8.0) * scale).to(left.dtype)
+        total = tl.dot(left, tl.trans(right), total, input_precision="ieee")
+    return total
+
+
+@triton.jit
 def multiply(
     x,
     x_rows,
@@ -49,41 +115,16 @@ def multiply(
     """
     GROUPS: tl.constexpr = (INPUTS + 31) // 32
     total = tl.zeros((ROWS, OUTPUTS), dtype=tl.float32)
-    is_row = (x_rows >= 0)[:, None]
-    x_starts = x + x_rows[:, None] * INPUTS
+    is_row, is_read = (x_rows >= 0)[:, None], is_output[:, None]
+    x_starts, scale_starts = x + x_rows[:, None] * INPUTS, scales + outputs[:, None] * GROUPS
     if BITS == 0:
-        weight_starts = values + outputs[:, None] * INPUTS
-        for start in range(0, INPUTS, STEP):
-            at = start + tl.arange(0, STEP)[None, :]
-            left = tl.load(x_starts + at, mask=is_row & (at < INPUTS), other=0.0)
-            right = tl.load(weight_starts + at, mask=is_output[:, None] & (at < INPUTS), other=0.0)
-            total = tl.dot(left, tl.trans(right), total, input_precision="ieee")
+        total = multiply_dense(x_starts, is_row, values + outputs[:, None] * INPUTS, is_read, total, INPUTS, STEP)
+    elif BITS == 8:
+        starts = values + outputs[:, None] * (GROUPS * 32)
+        total = multiply_int8(x_starts, is_row, starts, scale_starts, is_read, total, INPUTS, OUTPUTS, STEP)
     else:
-        scale_starts = scales + outputs[:, None] * GROUPS
-        for start in range(0, INPUTS, STEP):
-            group = start // 32 + tl.arange(0, STEP // 32)[None, :]
-            scale = tl.load(scale_starts + group, mask=is_output[:, None] & (group < GROUPS), other=0.0)
-            if BITS == 8:
-                at = start + tl.arange(0, STEP)[None, :]
-                weight_starts = values + outputs[:, None] * (GROUPS * 32)
-                left = tl.load(x_starts + at, mask=is_row & (at < INPUTS), other=0.0)
-                whole = tl.load(weight_starts + at, mask=is_output[:, None] & (at < GROUPS * 32), other=0)
-                right = (whole.to(tl.float32) * spread(scale, OUTPUTS, STEP // 32, 32)).to(x.dtype.element_ty)
-                total = tl.dot(left, tl.trans(right), total, input_precision="ieee")
-            else:
-                # A byte holds elements i and i + 16 of a group: two products, each over one half of all groups.
-                byte = tl.arange(0, STEP // 2)[None, :]
-                low = start + byte // 16 * 32 + byte % 16
-                weight_starts = values + outputs[:, None] * (GROUPS * 16)
-                pairs_mask = is_output[:, None] & (start // 2 + byte < GROUPS * 16)
-                pairs = tl.load(weight_starts + start // 2 + byte, mask=pairs_mask, other=0)
-                wide = spread(scale, OUTPUTS, STEP // 32, 16)
-                left = tl.load(x_starts + low, mask=is_row & (low < INPUTS), other=0.0)
-                right = (((pairs & 15).to(tl.float32) - 8.0) * wide).to(x.dtype.element_ty)
-                total = tl.dot(left, tl.trans(right), total, input_precision="ieee")
-                left = tl.load(x_starts + low + 16, mask=is_row & (low + 16 < INPUTS), other=0.0)
-                right = (((pairs >> 4).to(tl.float32) - 8.0) * wide).to(x.dtype.element_ty)
-                total = tl.dot(left, tl.trans(right), total, input_precision="ieee")
+        starts = values + outputs[:, None] * (GROUPS * 16)
+        total = multiply_int4(x_starts, is_row, starts, scale_starts, is_read, total, INPUTS, OUTPUTS, STEP)
     return total
 
 

@@ -22,7 +22,9 @@ def route(rows: int, experts: int = EXPERTS) -> tuple[torch.Tensor, torch.Tensor
     return torch.stack([torch.randperm(experts)[:CHOSEN] for _ in range(rows)]).int(), torch.rand(rows, CHOSEN)
 
 
-def pair(kernels: CudaKernels | PlainKernels, quantization: Quantization, dtype: torch.dtype, columns: int = COLUMNS) -> list[Weight]:
+def pair(
+    kernels: CudaKernels | PlainKernels, quantization: Quantization, dtype: torch.dtype, columns: int = COLUMNS
+) -> list[Weight]:
     generator = torch.Generator().manual_seed(3)
     weights = []
     for shape in ((EXPERTS, 2 * columns, HIDDEN), (EXPERTS, HIDDEN, columns)):
@@ -42,7 +44,8 @@ def test_experts_equal_torch(kernels: CudaKernels, quantization: Quantization, r
     found = kernels.experts(x, chosen, weights, *pair(kernels, quantization, dtype))
     wanted = plain.experts(x, chosen, weights, *pair(plain, quantization, dtype))
     assert found.dtype == torch.float32
-    tolerance = 1e-5 if dtype == torch.float32 else 2e-2
+    # Sums of about 2; torch rounds to bfloat16 three times on the way, the kernels once.
+    tolerance = 1e-5 if dtype == torch.float32 else 5e-2
     torch.testing.assert_close(found, wanted, rtol=tolerance, atol=tolerance)
 
 

@@ -8,7 +8,9 @@ from shardworker.kernels.cuda.routes import RouteFrame
 CPU = torch.device("cpu")
 
 
-@pytest.mark.parametrize(("rows", "chosen", "experts", "tile_rows"), [(1, 2, 4, 16), (5, 3, 7, 16), (40, 4, 4, 16), (9, 1, 100, 64)])
+@pytest.mark.parametrize(
+    ("rows", "chosen", "experts", "tile_rows"), [(1, 2, 4, 16), (5, 3, 7, 16), (40, 4, 4, 16), (9, 1, 100, 64)]
+)
 def test_every_slot_stands_once_in_a_tile_of_its_expert(rows: int, chosen: int, experts: int, tile_rows: int) -> None:
     ids = torch.stack([torch.randperm(experts)[:chosen] for _ in range(rows)])
     weights = torch.rand(rows, chosen)

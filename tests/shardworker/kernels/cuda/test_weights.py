@@ -18,9 +18,7 @@ QUANTIZATIONS = (QUANTIZATION_NONE, QUANTIZATION_INT8, QUANTIZATION_INT4)
 TOLERANCES = {torch.float32: 1e-5, torch.float16: 2e-3, torch.bfloat16: 2e-2}
 
 
-def filled(
-    kernels: CudaKernels | PlainKernels, tensor: torch.Tensor, quantization: Quantization, dtype: torch.dtype
-) -> Weight:
+def filled(kernels: CudaKernels | PlainKernels, tensor: torch.Tensor, quantization: Quantization, dtype: torch.dtype) -> Weight:
     weight = kernels.empty_weight(tuple(tensor.shape), quantization, dtype, kernels.device)
     rows = tensor.view(-1, tensor.shape[-1])
     # In two blocks, as a loader would.
@@ -71,9 +69,7 @@ def test_an_expert_is_a_part_of_the_weight(kernels: CudaKernels, quantization: Q
 
 @pytest.mark.parametrize("quantization", QUANTIZATIONS)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_a_row_has_the_same_bits_in_any_company(
-    kernels: CudaKernels, quantization: Quantization, dtype: torch.dtype
-) -> None:
+def test_a_row_has_the_same_bits_in_any_company(kernels: CudaKernels, quantization: Quantization, dtype: torch.dtype) -> None:
     weight = filled(kernels, torch.randn(24, 320) * 0.2, quantization, dtype)
     x = torch.randn(20, 320, device=kernels.device).to(dtype)
     together = weight.matmul(x)
