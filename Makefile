@@ -7,7 +7,7 @@ QUESTION ?= In two or three sentences: why does the moon always show us the same
 
 VENV := .venv
 BIN := $(VENV)/bin
-# Newer than pyproject.toml: the environment is what it asks for.
+# Newer than pyproject.toml and the C sources: the environment is what they ask for.
 ENV := $(VENV)/.complete
 
 # SmolLM2-135M-Instruct (Apache-2.0), a GGUF file inside a Python package.
@@ -25,7 +25,7 @@ help: ## Show this list
 
 env: $(ENV) ## Make the virtual environment .venv (done by whatever needs it)
 
-$(ENV): pyproject.toml
+$(ENV): pyproject.toml $(wildcard shardworker/native/*.c shardworker/native/*.h)
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null \
 		|| { echo "make: $(PYTHON) is missing or older than Python 3.11: say make PYTHON=/path/to/python3.11" >&2; exit 1; }
 	@echo "== environment in $(VENV): torch and the other packages, some minutes"

@@ -14,7 +14,7 @@ from protos.errors import ERRORS, MeshError, WorkerLost, WrongResult
 from protos.shardworker_pb2 import ExecuteRequest, ExecuteResponse, Open
 
 if TYPE_CHECKING:
-    from collections.abc import Awaitable, Callable, Coroutine, Iterable, Sequence
+    from collections.abc import Awaitable, Callable, Coroutine, Iterable, Iterator, Sequence
 
     from coordinator.rounds import RoundObserver
     from coordinator.workers.client import WorkerSession
@@ -86,23 +86,22 @@ class Fanout:
         deadline_s = rpc.round_deadline_s(num_rows)
         replies: list[ExecuteResponse] = []
         answers: list[Answer] = []
-        sessions, awaited = self._sessions, ""
+        awaited = ""
         try:
-            async with asyncio.timeout(deadline_s), _Together() as together:
-                writes = together.start(session.write(data) for session in sessions)
-                for session, written in zip(sessions, writes, strict=True):
-                    awaited = session.address
-                    await written
-                written_ns = time.perf_counter_ns()
-                reads = together.start(session.read() for session in sessions)
-                for shard, (session, read) in enumerate(zip(sessions, reads, strict=True)):
-                    awaited = session.address
-                    answer = await read
-                    reply = self._parsed(shard, answer, request, result)
-                    answers.append(Answer(reply.compute_ns, reply.queue_ns, time.perf_counter_ns(), len(answer)))
-                    replies.append(reply)
-                    if take:
-                        take(reply)
+            async with asyncio.timeout(deadline_s):
+                with _Together() as together:
+                    for session, written in zip(self._sessions, together.start(self._writes(data)), strict=True):
+                        awaited = session.address
+                        await written
+                    written_ns = time.perf_counter_ns()
+                    for session, read in zip(self._sessions, together.start(self._reads()), strict=True):
+                        awaited = session.address
+                        answer = await read
+                        reply = self._parsed(len(replies), answer, request, result)
+                        answers.append(Answer(reply.compute_ns, reply.queue_ns, time.perf_counter_ns(), len(answer)))
+                        replies.append(reply)
+                        if take:
+                            take(reply)
         except TimeoutError:
             raise WorkerLost(f"worker {awaited} did not answer within {deadline_s:g} s") from None
         if self._observer:
@@ -110,6 +109,12 @@ class Fanout:
             layer = getattr(getattr(request, action), "layer", None)
             self._observer(Round(action, layer, request.step, num_rows, started_ns, written_ns, len(data), tuple(answers)))
         return replies
+
+    def _writes(self, data: bytes) -> Iterator[Coroutine[Any, Any, None]]:
+        return (session.write(data) for session in self._sessions)
+
+    def _reads(self) -> Iterator[Coroutine[Any, Any, bytes]]:
+        return (session.read() for session in self._sessions)
 
     def close(self) -> None:
         """End all sessions."""
@@ -149,11 +154,11 @@ class _Together:
         self._tasks += tasks
         return [first, *tasks]
 
-    async def __aenter__(self) -> Self:
+    def __enter__(self) -> Self:
         """Use as a context at whose end nothing runs any more."""
         return self
 
-    async def __aexit__(self, *_: object) -> None:
+    def __exit__(self, *_: object) -> None:
         """Cancel what was not awaited to its end."""
         for task in self._tasks:
             if not task.cancel():

@@ -101,7 +101,9 @@ class Forward:
             shared = functional.linear(normed, weights.shared_router).sigmoid().squeeze(1)
             encode_into(action.shared_weights, shared, tensor_pb2.DTYPE_F32)
 
-    async def _summed(self, request: ExecuteRequest, result: Literal["partial", "squares"], shape: tuple[int, ...]) -> torch.Tensor:
+    async def _summed(
+        self, request: ExecuteRequest, result: Literal["partial", "squares"], shape: tuple[int, ...]
+    ) -> torch.Tensor:
         """Sum the shards' answers, each while the next one is under way."""
         total = PartialSum(shape)
         await self._fanout.round(request, result, shape[0], lambda reply: total.add(getattr(reply, result)))

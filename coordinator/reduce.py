@@ -42,12 +42,12 @@ class PartialSum:
         except InvalidArgument as error:
             raise WrongResult(f"shard {shard} answered a partial that is none: {error}") from None
         self._partials.append(partial)
-        if shard == 0:
+        if self._total is None:
             self._total = partial.float()
         elif shard == 1:
             # Not in place: the first one, in float32, is the message's own bytes.
             self._total = self._total + partial
-        elif self._total is not None:
+        else:
             self._total += partial
 
     def total(self) -> torch.Tensor:

@@ -52,6 +52,7 @@ class MeshStatus:
             shard=described.held.shard,
             version=described.version,
             device=described.device,
+            kernels=described.kernels,
             num_threads=described.num_threads,
             memory_total_bytes=described.memory_total_bytes,
             memory_free_bytes=described.memory_free_bytes,

@@ -192,7 +192,7 @@ class GetMeshRequest(_message.Message):
     def __init__(self) -> None: ...
 
 class MeshWorker(_message.Message):
-    __slots__ = ("address", "reachable", "error", "serving", "shard", "version", "device", "num_threads", "memory_total_bytes", "memory_free_bytes", "weights_bytes", "kv_bytes", "peak_rss_bytes", "plan_digest")
+    __slots__ = ("address", "reachable", "error", "serving", "shard", "version", "device", "num_threads", "memory_total_bytes", "memory_free_bytes", "weights_bytes", "kv_bytes", "peak_rss_bytes", "plan_digest", "kernels")
     ADDRESS_FIELD_NUMBER: _ClassVar[int]
     REACHABLE_FIELD_NUMBER: _ClassVar[int]
     ERROR_FIELD_NUMBER: _ClassVar[int]
@@ -207,6 +207,7 @@ class MeshWorker(_message.Message):
     KV_BYTES_FIELD_NUMBER: _ClassVar[int]
     PEAK_RSS_BYTES_FIELD_NUMBER: _ClassVar[int]
     PLAN_DIGEST_FIELD_NUMBER: _ClassVar[int]
+    KERNELS_FIELD_NUMBER: _ClassVar[int]
     address: str
     reachable: bool
     error: str
@@ -221,7 +222,8 @@ class MeshWorker(_message.Message):
     kv_bytes: int
     peak_rss_bytes: int
     plan_digest: bytes
-    def __init__(self, address: _Optional[str] = ..., reachable: _Optional[bool] = ..., error: _Optional[str] = ..., serving: _Optional[bool] = ..., shard: _Optional[int] = ..., version: _Optional[str] = ..., device: _Optional[str] = ..., num_threads: _Optional[int] = ..., memory_total_bytes: _Optional[int] = ..., memory_free_bytes: _Optional[int] = ..., weights_bytes: _Optional[int] = ..., kv_bytes: _Optional[int] = ..., peak_rss_bytes: _Optional[int] = ..., plan_digest: _Optional[bytes] = ...) -> None: ...
+    kernels: str
+    def __init__(self, address: _Optional[str] = ..., reachable: _Optional[bool] = ..., error: _Optional[str] = ..., serving: _Optional[bool] = ..., shard: _Optional[int] = ..., version: _Optional[str] = ..., device: _Optional[str] = ..., num_threads: _Optional[int] = ..., memory_total_bytes: _Optional[int] = ..., memory_free_bytes: _Optional[int] = ..., weights_bytes: _Optional[int] = ..., kv_bytes: _Optional[int] = ..., peak_rss_bytes: _Optional[int] = ..., plan_digest: _Optional[bytes] = ..., kernels: _Optional[str] = ...) -> None: ...
 
 class MeshLoad(_message.Message):
     __slots__ = ("running", "waiting", "used_pages", "total_pages", "page_tokens", "steps", "prompt_tokens", "completion_tokens", "preemptions")

@@ -37,7 +37,7 @@ class DescribeRequest(_message.Message):
     def __init__(self) -> None: ...
 
 class DescribeResponse(_message.Message):
-    __slots__ = ("protocol_version", "version", "held", "device", "num_threads", "memory_total_bytes", "memory_free_bytes", "weights_bytes", "peak_rss_bytes", "num_sessions", "kv_bytes")
+    __slots__ = ("protocol_version", "version", "held", "device", "num_threads", "memory_total_bytes", "memory_free_bytes", "weights_bytes", "peak_rss_bytes", "num_sessions", "kv_bytes", "kernels")
     PROTOCOL_VERSION_FIELD_NUMBER: _ClassVar[int]
     VERSION_FIELD_NUMBER: _ClassVar[int]
     HELD_FIELD_NUMBER: _ClassVar[int]
@@ -49,6 +49,7 @@ class DescribeResponse(_message.Message):
     PEAK_RSS_BYTES_FIELD_NUMBER: _ClassVar[int]
     NUM_SESSIONS_FIELD_NUMBER: _ClassVar[int]
     KV_BYTES_FIELD_NUMBER: _ClassVar[int]
+    KERNELS_FIELD_NUMBER: _ClassVar[int]
     protocol_version: int
     version: str
     held: Held
@@ -60,7 +61,8 @@ class DescribeResponse(_message.Message):
     peak_rss_bytes: int
     num_sessions: int
     kv_bytes: int
-    def __init__(self, protocol_version: _Optional[int] = ..., version: _Optional[str] = ..., held: _Optional[_Union[Held, _Mapping]] = ..., device: _Optional[str] = ..., num_threads: _Optional[int] = ..., memory_total_bytes: _Optional[int] = ..., memory_free_bytes: _Optional[int] = ..., weights_bytes: _Optional[int] = ..., peak_rss_bytes: _Optional[int] = ..., num_sessions: _Optional[int] = ..., kv_bytes: _Optional[int] = ...) -> None: ...
+    kernels: str
+    def __init__(self, protocol_version: _Optional[int] = ..., version: _Optional[str] = ..., held: _Optional[_Union[Held, _Mapping]] = ..., device: _Optional[str] = ..., num_threads: _Optional[int] = ..., memory_total_bytes: _Optional[int] = ..., memory_free_bytes: _Optional[int] = ..., weights_bytes: _Optional[int] = ..., peak_rss_bytes: _Optional[int] = ..., num_sessions: _Optional[int] = ..., kv_bytes: _Optional[int] = ..., kernels: _Optional[str] = ...) -> None: ...
 
 class LoadRequest(_message.Message):
     __slots__ = ("protocol_version", "plan", "shard_digests", "assignment", "directory")

@@ -49,6 +49,7 @@ class ShardWorkerService(ShardWorkerServicer):
             version=self._version,
             held=holding.held(),
             device=executor.device.type,
+            kernels=holding.kernels.name,
             num_threads=executor.num_threads,
             memory_total_bytes=memory.total,
             memory_free_bytes=memory.free,

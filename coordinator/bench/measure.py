@@ -126,6 +126,7 @@ async def _report(
         settings=settings.model,
         model=await mesh.client.model(),
         device=workers[0].device,
+        kernels=", ".join(sorted({worker.kernels for worker in workers})),
         threads=workers[0].num_threads,
         load_s=mesh.load_s,
         work=work,

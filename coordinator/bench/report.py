@@ -65,6 +65,8 @@ class Report:
     settings: ModelSettings
     model: GetModelResponse
     device: str
+    kernels: str
+    """What computes on the workers."""
     threads: int
     """Of each worker."""
     load_s: float
@@ -98,6 +100,7 @@ class Report:
             "shards": len(self.workers),
             "threads": self.threads,
             "device": self.device,
+            "kernels": self.kernels,
             "prompt_tokens": self.work.prompt_tokens,
             "new_tokens": self.work.new_tokens,
             "repeats": self.work.repeats,
@@ -129,7 +132,7 @@ class Report:
         """Print tables, llama-bench's first."""
         machine, memory = self.machine, show_bytes(int(str(self.machine["memory_bytes"])))
         quantized = "" if self.settings.quantization == "none" else f", {self.settings.quantization} weights"
-        mesh = f"{self.settings.wire} wire, {len(self.workers)} workers x {self.threads} threads on {self.device}"
+        mesh = f"{self.settings.wire} wire, {len(self.workers)} workers x {self.threads} threads on {self.device} ({self.kernels})"
         lines = (
             f"{self.settings.model}: {self.model.family}, {self.dtype}{quantized}, {mesh}",
             f"{machine['cpu']}, {machine['cores']} cores, {memory}, torch {machine['torch']}",

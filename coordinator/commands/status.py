@@ -63,7 +63,7 @@ def _print(model: GetModelResponse, mesh: GetMeshResponse) -> None:
     plan = f", epoch {mesh.epoch}, plan {mesh.plan_digest.hex()[:_DIGEST_CHARACTERS]}"
     console.print(Text.assemble(head, health, plan), soft_wrap=True)
     table = Table(box=None, pad_edge=False)
-    for title in ("worker", "role", "version", "device", "threads", "weights", "KV", "free memory", "peak RSS"):
+    for title in ("worker", "role", "version", "device", "kernels", "threads", "weights", "KV", "free memory", "peak RSS"):
         table.add_column(title, overflow="fold")
     for worker in mesh.workers:
         table.add_row(*_row(worker))
@@ -86,5 +86,5 @@ def _row(worker: MeshWorker) -> tuple[Text, ...]:
         return Text(worker.address), Text("unreachable", style="red")
     sizes = (worker.weights_bytes, worker.kv_bytes, worker.memory_free_bytes, worker.peak_rss_bytes)
     role = f"shard {worker.shard}" if worker.serving else "spare"
-    texts = (worker.address, role, worker.version, worker.device, str(worker.num_threads), *map(show_bytes, sizes))
+    texts = (worker.address, role, worker.version, worker.device, worker.kernels, str(worker.num_threads), *map(show_bytes, sizes))
     return tuple(map(Text, texts))

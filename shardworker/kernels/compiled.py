@@ -195,7 +195,8 @@ class CompiledStepAttention:
         self._heads = heads
         self._rows = spans[-1].rows.stop
         rotation = span_rotation(heads, spans, torch.float32)
-        self._cosines, self._sines = (None, None) if rotation is None else (rotation.cos, rotation.sin)
+        self._cosines = None if rotation is None else rotation.cos
+        self._sines = None if rotation is None else rotation.sin
         numbers: list[tuple[int, int, int, int]] = []
         pages: list[int] = []
         for span in spans:

@@ -75,7 +75,7 @@ async def _serve_fake(fake: _FakeWorker, path: Path) -> grpc.aio.Server:
 @pytest.mark.parametrize(
     ("version", "load", "error", "message"),
     [
-        (PROTOCOL_VERSION + 1, "", ProtocolMismatch, r"shardmesh 9\.9\) speaks protocol 2"),
+        (PROTOCOL_VERSION + 1, "", ProtocolMismatch, rf"shardmesh 9\.9\) speaks protocol {PROTOCOL_VERSION + 1},"),
         (PROTOCOL_VERSION, "dies", WorkerLost, r"worker unix:.*Socket closed"),
         (PROTOCOL_VERSION, "ends", WorkerLost, r"ended loading without an answer"),
         (PROTOCOL_VERSION, "silent", WorkerLost, r"no progress of loading for 0\.3 s"),

@@ -50,6 +50,12 @@ class CudaKernels:
         self._graphs = None if recorder is None else Graphs(recorder, device)
         self._memory = StepMemory()
 
+    def wake(self) -> None:
+        """Nothing to do: what is launched is queued on the GPU."""
+
+    def rest(self) -> None:
+        """Nothing to do."""
+
     def empty_weight(
         self, shape: tuple[int, ...], quantization: Quantization, dtype: torch.dtype, device: torch.device
     ) -> Weight:

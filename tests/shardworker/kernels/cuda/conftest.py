@@ -20,11 +20,6 @@ INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 
 
 @pytest.fixture(autouse=True)
-def same_numbers_every_time() -> None:
-    torch.manual_seed(0)
-
-
-@pytest.fixture(autouse=True)
 def interpreter_like_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
     """Correct the interpreter in three points.
 

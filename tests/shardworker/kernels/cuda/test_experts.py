@@ -60,11 +60,11 @@ def test_experts_without_rows_are_left_out(kernels: CudaKernels, rows: int) -> N
 
 @pytest.mark.parametrize("quantization", QUANTIZATIONS)
 def test_a_row_has_the_same_bits_in_any_company(kernels: CudaKernels, quantization: Quantization) -> None:
-    gate_up, down = pair(kernels, quantization, torch.bfloat16)
+    gate_up, down = pair(kernels, quantization, torch.bfloat16, columns=40)
     x = torch.randn(20, HIDDEN, device=kernels.device).to(torch.bfloat16)
     chosen, weights = route(20)
     together = kernels.experts(x, chosen, weights, gate_up, down)
-    for row in (0, 11, 19):
+    for row in (0, 19):
         alone = slice(row, row + 1)
         assert torch.equal(kernels.experts(x[alone], chosen[alone], weights[alone], gate_up, down)[0], together[row])
     elsewhere = (chosen + 1) % EXPERTS
@@ -81,7 +81,7 @@ def test_the_order_in_which_experts_are_named_does_not_matter(kernels: CudaKerne
 
 
 def test_many_rows_are_done_in_parts(kernels: CudaKernels, monkeypatch: pytest.MonkeyPatch) -> None:
-    gate_up, down = pair(kernels, QUANTIZATION_NONE, torch.float32)
+    gate_up, down = pair(kernels, QUANTIZATION_NONE, torch.float32, columns=32)
     x = torch.randn(70, HIDDEN, device=kernels.device)
     chosen, weights = route(70)
     whole = kernels.experts(x, chosen, weights, gate_up, down)
