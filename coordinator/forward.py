@@ -19,7 +19,7 @@ from torch.nn import functional
 
 from coordinator.models.spec import MoeSpec
 from coordinator.reduce import PartialSum
-from coordinator.router import route
+from coordinator.router import gate_logits, route
 from protos import shardworker_pb2, tensor_pb2
 from protos.plan_pb2 import QK_NORM_FULL
 from protos.shardworker_pb2 import ExecuteRequest
@@ -94,11 +94,11 @@ class Forward:
     ) -> None:
         if weights.router is None:
             raise ValueError("an MoE layer without a router")
-        chosen = route(functional.linear(normed, weights.router), block.gate, weights.correction)
+        chosen = route(gate_logits(normed, weights.router), block.gate, weights.correction)
         encode_into(action.experts, chosen.experts, tensor_pb2.DTYPE_I32)
         encode_into(action.expert_weights, chosen.weights, tensor_pb2.DTYPE_F32)
         if weights.shared_router is not None:
-            shared = functional.linear(normed, weights.shared_router).sigmoid().squeeze(1)
+            shared = gate_logits(normed, weights.shared_router).sigmoid().squeeze(1)
             encode_into(action.shared_weights, shared, tensor_pb2.DTYPE_F32)
 
     async def _summed(

@@ -29,6 +29,20 @@ class Route:
     """f32 [rows, k]."""
 
 
+def gate_logits(hidden: torch.Tensor, router: torch.Tensor) -> torch.Tensor:
+    """Multiply rows by a gate, each by itself: in one product, torch rounds a row as the number of rows wants it.
+
+    Args:
+        hidden: f32 [rows, hidden].
+        router: f32 [experts, hidden].
+
+    Returns:
+        f32 [rows, experts], the same bits for a row whatever the others are.
+
+    """
+    return torch.bmm(hidden.unsqueeze(1), router.T.expand(len(hidden), -1, -1)).squeeze(1)
+
+
 def route(logits: torch.Tensor, gate: GateSpec, correction: torch.Tensor | None) -> Route:
     """Choose experts from router logits (Mixtral, Qwen MoE, OLMoE: softmax; DeepSeek-V3, GLM-4.5: sigmoid).
 

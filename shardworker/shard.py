@@ -140,11 +140,16 @@ class Shard:
         """Pick the best `count` tokens of each row, best first, equal logits by lower id; `temperatures` is float64 [rows]."""
         logits = self.logits(hidden)
         wide = logits.double()
-        plain = wide.logsumexp(-1)
-        scaled = plain if bool((temperatures == 1).all()) else (wide / temperatures.to(self.device).unsqueeze(-1)).logsumexp(-1)
+        plain = _logsumexp(wide)
+        scaled = plain if bool((temperatures == 1).all()) else _logsumexp(wide / temperatures.to(self.device).unsqueeze(-1))
         logsumexp = torch.stack((plain, scaled), -1)
         ids = best(logits, min(count, logits.shape[-1]))
         return Candidates((ids + self.plan.vocabulary.start).int(), logits.gather(-1, ids), logsumexp)
+
+
+def _logsumexp(logits: torch.Tensor) -> torch.Tensor:
+    """Of each row by itself: torch may add a long row up in another order where there are several. [rows, n] -> [rows]."""
+    return torch.stack([row.logsumexp(0) for row in logits])
 
 
 def best(logits: torch.Tensor, count: int) -> torch.Tensor:

@@ -34,9 +34,12 @@ from protos.tensors import BLOCK
 INT4_BITS = 4
 INT8_BITS = 8
 
-DIVISORS = (-8.0, 8.0, -7.0, 7.0, -7.5, 7.5, -8.5, 8.5)
-"""What the largest weight of a group may become in int4, in units of the scale; beyond [-8, 7] it is cut off."""
+DIVISORS = (-8.0, -7.0, 7.0, -6.0, 6.0)
+"""What the largest weight of a group becomes in int4, in units of the scale.
 
+Whole numbers within [-8, 7], so that it stays exact: divisors that cut it off, or fall between, lessen the squared error more
+(by 15 % instead of 6 % on SmolLM2) and the model's likelihoods no less, or harm them.
+"""
 
 SEARCHED_GROUPS = 4096
 """At a time: what is tried then stays in a cache (512 KiB)."""

@@ -11,7 +11,7 @@
 
 #include "half.h"
 
-enum { TASK_ROWS = 16, NUM_DIVISORS = 8 };
+enum { TASK_ROWS = 16, NUM_DIVISORS = 5 };
 
 #if defined(__x86_64__) && defined(__GNUC__) && !defined(__clang__) && defined(__linux__)
 #define FOR_THIS_PROCESSOR __attribute__((target_clones("avx512f", "avx2", "default")))
@@ -20,7 +20,7 @@ enum { TASK_ROWS = 16, NUM_DIVISORS = 8 };
 #endif
 
 /* What the largest weight of a group may become in int4, in units of the scale. */
-static const float DIVISORS[NUM_DIVISORS] = {-8.0f, 8.0f, -7.0f, 7.0f, -7.5f, 7.5f, -8.5f, 8.5f};
+static const float DIVISORS[NUM_DIVISORS] = {-8.0f, -7.0f, 7.0f, -6.0f, 6.0f};
 
 #define INLINE static inline __attribute__((always_inline))
 

@@ -10,7 +10,7 @@ import pytest
 
 from protos import generation_pb2
 from protos.errors import OutOfMemory, QueueFull
-from tests.mesh.conftest import MeshMaker
+from tests.mesh.conftest import Completed, MeshMaker
 from tests.tiny import make_checkpoint
 
 PROMPTS = [[(7 * row + 13 * column) % 500 + 3 for column in range(1 + 9 * row % 70)] for row in range(16)]
@@ -46,6 +46,29 @@ async def test_chunks_and_preemption_change_no_token(mesh: MeshMaker, checkpoint
     assert [one.tokens for one in squeezed] == [one.tokens for one in expected]
     assert load.preemptions > 0, "the cache was meant to be too small"
     assert load.used_pages == 0
+
+
+@pytest.mark.parametrize(
+    ("dtype", "wire", "quantization"),
+    [("f32", "f32", "none"), ("bf16", "bf16", "none"), ("bf16", "bf16", "int4"), ("f32", "int8", "int8")],
+)
+async def test_log_probabilities_have_the_same_bits_alone_together_and_in_pieces(
+    mesh: MeshMaker, checkpoint: Path, dtype: str, wire: str, quantization: str
+) -> None:
+    arithmetic = {"dtype": dtype, "wire": wire, "quantization": quantization}
+
+    def bits(completed: list[Completed]) -> list[list[float]]:
+        return [[entry.chosen.logprob, *(other.logprob for other in entry.top)] for one in completed for entry in one.logprobs]
+
+    async with mesh(checkpoint, 2, **arithmetic) as running:
+        alone = [await running.generate(prompt, 48, logprobs=3) for prompt in PROMPTS[:8]]
+        together = await asyncio.gather(*(running.generate(prompt, 48, logprobs=3) for prompt in PROMPTS[:8]))
+    # Chunks of other sizes, and preempted sequences that are replayed: what was decoded comes back as part of a chunk.
+    async with mesh(checkpoint, 2, max_rows=7, max_running=7, kv_tokens=160, **arithmetic) as running:
+        pieces = await asyncio.gather(*(running.generate(prompt, 48, logprobs=3) for prompt in PROMPTS[:8]))
+        assert (await running.client.mesh()).load.preemptions > 0
+    assert bits(together) == bits(alone)
+    assert bits(pieces) == bits(alone)
 
 
 async def test_a_cancelled_neighbour_leaves_no_trace(mesh: MeshMaker, checkpoint: Path) -> None:

@@ -36,6 +36,7 @@ def report() -> Report:
         settings=ModelSettings("[bold]model", quantization="int4"),
         model=GetModelResponse(family="qwen3_moe", dtype=DTYPE_BF16),
         device="cpu",
+        kernels="torch",
         threads=2,
         load_s=1.5,
         work=Workload(10, 5, 4, 3),
