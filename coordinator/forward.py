@@ -15,7 +15,6 @@ from typing import TYPE_CHECKING, Literal
 
 import numpy as np
 import torch
-from torch.nn import functional
 
 from coordinator.models.spec import MoeSpec
 from coordinator.reduce import PartialSum

@@ -132,7 +132,7 @@ class Report:
         """Print tables, llama-bench's first."""
         machine, memory = self.machine, show_bytes(int(str(self.machine["memory_bytes"])))
         quantized = "" if self.settings.quantization == "none" else f", {self.settings.quantization} weights"
-        mesh = f"{self.settings.wire} wire, {len(self.workers)} workers x {self.threads} threads on {self.device} ({self.kernels})"
+        mesh = f"{self.settings.wire} wire, {len(self.workers)} workers x {self.threads} threads on {self.device}, {self.kernels}"
         lines = (
             f"{self.settings.model}: {self.model.family}, {self.dtype}{quantized}, {mesh}",
             f"{machine['cpu']}, {machine['cores']} cores, {memory}, torch {machine['torch']}",

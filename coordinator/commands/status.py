@@ -86,5 +86,6 @@ def _row(worker: MeshWorker) -> tuple[Text, ...]:
         return Text(worker.address), Text("unreachable", style="red")
     sizes = (worker.weights_bytes, worker.kv_bytes, worker.memory_free_bytes, worker.peak_rss_bytes)
     role = f"shard {worker.shard}" if worker.serving else "spare"
-    texts = (worker.address, role, worker.version, worker.device, worker.kernels, str(worker.num_threads), *map(show_bytes, sizes))
+    computes = (worker.device, worker.kernels, str(worker.num_threads))
+    texts = (worker.address, role, worker.version, *computes, *map(show_bytes, sizes))
     return tuple(map(Text, texts))

@@ -37,7 +37,7 @@ INT8_BITS = 8
 DIVISORS = (-8.0, -7.0, 7.0, -6.0, 6.0)
 """What the largest weight of a group becomes in int4, in units of the scale.
 
-Whole numbers within [-8, 7], so that it stays exact: divisors that cut it off, or fall between, lessen the squared error more
+Whole numbers within [-8, 7], so that it keeps its value: divisors that cut it off, or fall between, lessen the squared error more
 (by 15 % instead of 6 % on SmolLM2) and the model's likelihoods no less, or harm them.
 """
 

@@ -17,6 +17,7 @@ from coordinator.config import ModelSettings, ServeSettings
 from coordinator.served_model import ServedModel
 from protos import generation_pb2
 from shardworker.app import RunningWorker, start_worker
+from shardworker.kernels.interface import Kernels
 
 
 @dataclass
@@ -86,6 +87,7 @@ def mesh(tmp_path: Path) -> MeshMaker:
         dtype: str = "f32",
         wire: str = "f32",
         quantization: str = "none",
+        kernels: Kernels | None = None,
         **settings: Any,
     ) -> AsyncIterator[Mesh]:
         async with AsyncExitStack() as stack:
@@ -93,7 +95,8 @@ def mesh(tmp_path: Path) -> MeshMaker:
             sockets.mkdir()
             workers = []
             for number in range(shards + spares):
-                worker = await start_worker(f"unix:{sockets}/{number}", device="cpu", threads=torch.get_num_threads())
+                address = f"unix:{sockets}/{number}"
+                worker = await start_worker(address, device="cpu", threads=torch.get_num_threads(), kernels=kernels)
                 stack.push_async_callback(worker.stop, 0)
                 workers.append(worker)
             coordinator = await start_coordinator(

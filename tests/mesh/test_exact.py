@@ -12,12 +12,16 @@ from transformers import PreTrainedModel
 
 from coordinator.models.config import read_config
 from coordinator.models.registry import describe
+from shardworker.kernels.compiled import CompiledKernels
+from shardworker.kernels.interface import Kernels
+from shardworker.kernels.plain import PlainKernels
 from tests.mesh.conftest import MeshMaker
 from tests.tiny import CASES, make_checkpoint, oracle
 
 SHARDS = (1, 2, 3, 4, 8)
 NEW_TOKENS = 48
 TOP = 20
+COMPILED, TORCH = CompiledKernels(1), PlainKernels(torch.device("cpu"))
 MARGIN = 1e-3
 """Between the best two logits of the oracle: far above float32 noise, or a difference would prove nothing."""
 
@@ -28,6 +32,10 @@ class Expected:
     tokens: list[int]
     logprobs: torch.Tensor
     """Of the last step, [vocabulary]."""
+
+
+def _name(value: object) -> str:
+    return value.name if isinstance(value, CompiledKernels | PlainKernels) else str(value)
 
 
 def _expect(directory: Path) -> list[Expected]:
@@ -66,10 +74,12 @@ def case(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactor
     return directory, _expect(directory)
 
 
-@pytest.mark.parametrize("shards", SHARDS)
-async def test_tokens_and_logits_are_the_references(mesh: MeshMaker, case: tuple[Path, list[Expected]], shards: int) -> None:
+@pytest.mark.parametrize(("shards", "kernels"), [*((shards, COMPILED) for shards in SHARDS), (2, TORCH)], ids=_name)
+async def test_tokens_and_logits_are_the_references(
+    mesh: MeshMaker, case: tuple[Path, list[Expected]], shards: int, kernels: Kernels
+) -> None:
     directory, expected = case
-    async with mesh(directory, shards) as running:
+    async with mesh(directory, shards, kernels=kernels) as running:
         results = await asyncio.gather(*(running.generate(one.prompt, NEW_TOKENS, logprobs=TOP) for one in expected))
     for one, result in zip(expected, results, strict=True):
         assert result.tokens == one.tokens, f"prompt of {len(one.prompt)} tokens"

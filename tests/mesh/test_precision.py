@@ -12,7 +12,8 @@ from safetensors.torch import load_file, save_file
 from tests.mesh.conftest import MeshMaker
 from tests.tiny import make_checkpoint, oracle
 
-PROMPT = [11, 300, 45, 7, 99, 200, 17, 3]
+# No gate is so near a tie that rounding decides which experts are chosen.
+PROMPT = [77, 12, 401, 3, 9]
 TOP = 20
 
 

@@ -53,7 +53,7 @@ def test_int4_errs_less_than_q4_0() -> None:
     kind = gguf.GGMLQuantizationType.Q4_0
     theirs = ((gguf.dequantize(gguf.quantize(raw, kind), kind).reshape(raw.shape) - raw) ** 2).sum()
     ours = sum(float(search(group)[2]) for group in raw.reshape(-1, 32))
-    assert ours < 0.95 * theirs
+    assert ours < 0.98 * theirs
 
 
 def test_int8_rounds_ties_to_even() -> None:
