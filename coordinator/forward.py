@@ -61,7 +61,7 @@ class Forward:
             hidden = hidden + await self._attend(request, index, self._norm(hidden, layer.attention_norm))
             if index == len(self._resident.layers) - 1:
                 # The last keys and values are written: of the other rows nothing is needed any more.
-                hidden = hidden[_sampled_rows(step)]
+                hidden = hidden.index_select(0, torch.tensor(_sampled_rows(step), dtype=torch.long))
             if len(hidden):
                 request = ExecuteRequest(step=number)
                 hidden = hidden + await self._feed_forward(request, index, self._norm(hidden, layer.feed_forward_norm))

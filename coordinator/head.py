@@ -56,7 +56,7 @@ class Head:
         if few:
             temperatures = [sampler.shards_temperature(sequences[row].request.sampling) for row in few]
             counts = [count for count in wanted if count is not None]
-            scores = await self._candidates(hidden[few], counts, temperatures, step)
+            scores = await self._candidates(hidden if len(few) == len(wanted) else hidden[few], counts, temperatures, step)
             for row, known in zip(few, scores, strict=True):
                 choices[row] = _choose_from_candidates(known, sequences[row])
         undecided = [row for row, choice in enumerate(choices) if choice is None]
@@ -98,7 +98,7 @@ class Head:
         ids, logits, logsumexp = decode(result.candidates), decode(result.logits), decode(result.logsumexp)
         start = sum(self.shard_vocabularies[:shard])
         end = start + self.shard_vocabularies[shard]
-        if not bool(((ids >= start) & (ids < end)).all()):
+        if listed and not start <= int(ids.min()) <= int(ids.max()) < end:
             raise WrongResult(f"shard {shard} answered candidates outside its vocabulary rows {start} to {end}")
         _check_finite(shard, logits, logsumexp)
         return _Listed(ids, logits, logsumexp)

@@ -1,9 +1,9 @@
-"""A coordinator on the embedded workers of one command."""
+"""A coordinator for the lifetime of one command: on embedded workers, or on given ones."""
 
 from __future__ import annotations
 
 import asyncio
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Protocol
 
 from coordinator.app import Coordinator
 from coordinator.config import ServeSettings
@@ -13,19 +13,35 @@ from coordinator.served_model import ServedModel
 
 if TYPE_CHECKING:
     from coordinator.config import ModelSettings
-    from coordinator.embedded import EmbeddedWorkers
     from coordinator.rounds import RoundObserver
     from protos.generation_pb2 import GenerateRequest
 
 
+class Workers(Protocol):
+    """Where the workers are; `coordinator.embedded.EmbeddedWorkers` is one."""
+
+    @property
+    def addresses(self) -> tuple[str, ...]:
+        """Of the workers."""
+
+    @property
+    def coordinator_address(self) -> str:
+        """Where this command's own coordinator listens."""
+
+    async def wait_listening(self) -> None:
+        """Wait until all workers listen."""
+
+
 async def start_private_mesh(
-    workers: EmbeddedWorkers,
+    workers: Workers,
     settings: ModelSettings,
     kv_tokens: int | None,
     request: GenerateRequest,
     observer: RoundObserver | None = None,
+    *,
+    insecure: bool = False,
 ) -> Coordinator:
-    """Serve a model on workers that were just started.
+    """Serve a model on workers that nobody else uses.
 
     Args:
         workers: one for each shard; they need not listen yet.
@@ -33,6 +49,7 @@ async def start_private_mesh(
         kv_tokens: of the KV cache; None for what is usual and fits.
         request: that will be made: what is wrong with it is said before minutes are spent on loading.
         observer: told of each round.
+        insecure: whether workers may be reached by TCP without TLS.
 
     Raises:
         MeshError: the model, the request or a worker is no good.
@@ -45,6 +62,7 @@ async def start_private_mesh(
         model=settings,
         listen=workers.coordinator_address,
         workers=workers.addresses,
+        insecure=insecure,
         shards=len(workers.addresses),
         kv_tokens=kv_tokens,
         # Nobody will start another worker here.

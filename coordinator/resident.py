@@ -88,7 +88,7 @@ def random_resident(spec: ModelSpec) -> Resident:
 
     table = torch.randn(spec.vocabulary, spec.hidden, generator=generator) * 0.02
     return Resident(
-        embed=lambda token_ids: table[torch.tensor(token_ids)],
+        embed=lambda token_ids: table.index_select(0, torch.tensor(token_ids)),
         layers=tuple(_resident_layer(spec, layer, make) for layer in range(spec.num_layers)),
         final_norm=make(Role.FINAL_NORM),
     )
@@ -124,4 +124,4 @@ class MappedEmbedding:
 
     def __call__(self, token_ids: Sequence[int]) -> torch.Tensor:
         """Look up f32 [tokens, hidden]."""
-        return self._table[torch.tensor(token_ids)].float()
+        return self._table.index_select(0, torch.tensor(token_ids)).float()

@@ -6,6 +6,7 @@ import math
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+import numpy as np
 import torch
 
 if TYPE_CHECKING:
@@ -66,23 +67,21 @@ def merge_candidates(
         complete: of each shard, whether its c candidates are all of its vocabulary.
 
     """
-    all_logits = torch.cat([shard.double() for shard in logits], dim=1)  # [rows, sum of c]
-    all_ids = torch.cat([shard.long() for shard in ids], dim=1)
-    floors = torch.full((all_logits.shape[0],), -math.inf, dtype=torch.float64)
+    # By numpy: with few candidates, what counts is the number of calls, and torch's are dearer.
+    all_logits = np.concatenate([shard.numpy() for shard in logits], axis=1).astype(np.float64)  # [rows, sum of c]
+    all_ids = np.concatenate([shard.numpy() for shard in ids], axis=1).astype(np.int64)
+    floors = np.full(len(all_logits), -math.inf)
     for shard, whole in zip(logits, complete, strict=True):
         if not whole:
-            floors = torch.maximum(floors, shard[:, -1].double())
-    # By id first, so that the stable sort by logit leaves equal logits in the order of their ids.
-    by_id = torch.argsort(all_ids, dim=1, stable=True)
-    all_ids, all_logits = all_ids.gather(1, by_id), all_logits.gather(1, by_id)
-    ordered, order = torch.sort(all_logits, dim=1, descending=True, stable=True)
-    ordered_ids = all_ids.gather(1, order)
-    normalizers = torch.logsumexp(torch.stack(list(logsumexps)), dim=0)  # [rows, 2]
-    scores = []
-    for row, floor in enumerate(floors.tolist()):
-        # Several tokens may share the floor's logit and only some of them be listed: those are not certain. The first one
-        # is: each shard's argmax prefers the lower id.
-        certain = max(1, int((ordered[row] > floor).sum()))
-        plain, scaled = normalizers[row].tolist()
-        scores.append(RowScores(ordered_ids[row, :certain], ordered[row, :certain], floor, plain, scaled))
-    return scores
+            floors = np.maximum(floors, shard[:, -1].numpy())
+    order = np.lexsort((all_ids, -all_logits), axis=1)
+    all_ids, all_logits = np.take_along_axis(all_ids, order, 1), np.take_along_axis(all_logits, order, 1)
+    # Several tokens may share the floor's logit and only some of them be listed: those are not certain. The first one is: each
+    # shard's argmax prefers the lower id.
+    certain = np.maximum((all_logits > floors[:, None]).sum(axis=1), 1)
+    normalizers = np.logaddexp.reduce([shard.numpy() for shard in logsumexps], axis=0)  # [rows, 2]
+    listed = zip(all_ids, all_logits, certain.tolist(), floors.tolist(), normalizers.tolist(), strict=True)
+    return [
+        RowScores(torch.from_numpy(row_ids[:count]), torch.from_numpy(row_logits[:count]), floor, plain, scaled)
+        for row_ids, row_logits, count, floor, (plain, scaled) in listed
+    ]

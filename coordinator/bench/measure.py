@@ -2,13 +2,15 @@
 
 A repeat is one stream, then, if asked for, several at once, then the echo's rounds; a first one warms everything up and does
 not count. The memory's rate is read just before and just after the repeats, while the mesh is idle. A shared machine is as
-slow as its neighbours allow, so only numbers of one run belong beside each other.
+slow as its neighbours allow, so only numbers of one run belong beside each other. Beside workers of other machines there is
+neither an echo nor a rate of memory: both would be measured here.
 """
 
 from __future__ import annotations
 
 import statistics
 from collections import defaultdict
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
@@ -56,7 +58,7 @@ async def measure(settings: MeshSettings, work: Workload, on_progress: Callable[
     """
     async with (
         recorded_mesh(settings, work.prompt_tokens, work.new_tokens) as mesh,
-        echo_servers(mesh.folder, settings.shards) as echo,
+        nullcontext() if settings.workers else echo_servers(mesh.folder, settings.shards) as echo,
     ):
         runner = Runner(mesh, echo, Prompts(mesh.spec.vocabulary), work, on_progress)
         await runner.repeat(Samples(), "warming up")
@@ -73,7 +75,8 @@ class Runner:
     """Does the work on a mesh and beside it."""
 
     mesh: RecordedMesh
-    echo: Echo
+    echo: Echo | None
+    """None where the workers are not this machine's own."""
     prompts: Prompts
     work: Workload
     on_progress: Callable[[str], None]
@@ -85,15 +88,17 @@ class Runner:
             load, window = await self._run(streams)
             samples.loads[streams].append(load)
             samples.windows[streams].append(window)
+        if self.echo is None:
+            return
         self.on_progress(f"{title}: echo")
         overheads = await self.echo.measure(token_orders(samples.windows[1][-1].rounds))
         for action, values in overheads.items():
             samples.echo[action] += values
 
     async def read_memory(self) -> float | None:
-        """Measure the memory's rate, bytes per second; none where workers compute on another device than the host's."""
+        """Measure the memory's rate, bytes per second; none where workers compute elsewhere."""
         workers = [worker for worker in (await self.mesh.client.mesh()).workers if worker.serving]
-        if any(worker.device != "cpu" for worker in workers):
+        if self.echo is None or any(worker.device != "cpu" for worker in workers):
             return None
         self.on_progress("reading memory")
         return await measure_memory(len(workers), workers[0].num_threads)

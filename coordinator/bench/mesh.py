@@ -1,12 +1,14 @@
-"""A private mesh whose rounds are recorded: the one that `coordctl generate` starts, with an observer."""
+"""A mesh whose rounds are recorded: the private one of `coordctl generate`, or one of given workers, with an observer."""
 
 from __future__ import annotations
 
 import asyncio
 import importlib
+import tempfile
 import time
 from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from coordinator.bench.load import make_request
@@ -16,7 +18,6 @@ from coordinator.planning.plan import PAGE_TOKENS
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator
-    from pathlib import Path
 
     from coordinator.app import Coordinator
     from coordinator.config import ModelSettings
@@ -27,7 +28,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, slots=True)
 class MeshSettings:
-    """Which mesh to start."""
+    """Which mesh to start, or to take."""
 
     model: ModelSettings
     shards: int
@@ -36,6 +37,26 @@ class MeshSettings:
     device: str
     kv_tokens: int | None
     """Of the KV cache; None for what is usual and fits."""
+    workers: tuple[str, ...] = ()
+    """Addresses of workers that run already, as many as shards; none: private ones are started."""
+    insecure: bool = False
+    """Whether given workers may be reached by TCP without TLS."""
+
+
+@dataclass(frozen=True, slots=True)
+class GivenWorkers:
+    """Workers that run already, and a folder for this command's own sockets."""
+
+    addresses: tuple[str, ...]
+    folder: Path
+
+    @property
+    def coordinator_address(self) -> str:
+        """Where this command's own coordinator listens."""
+        return f"unix:{self.folder}/coordinator.sock"
+
+    async def wait_listening(self) -> None:
+        """Nothing to wait for: who takes them waits for their answers."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,7 +82,7 @@ class RecordedMesh:
 
 @asynccontextmanager
 async def recorded_mesh(settings: MeshSettings, prompt_tokens: int, new_tokens: int) -> AsyncIterator[RecordedMesh]:
-    """Start a private mesh, and end it.
+    """Start a mesh, and end it.
 
     Args:
         settings: of the mesh.
@@ -75,14 +96,21 @@ async def recorded_mesh(settings: MeshSettings, prompt_tokens: int, new_tokens: 
     start = time.monotonic()
     rounds: list[Round] = []
     async with AsyncExitStack() as stack:
-        workers = await stack.enter_async_context(EmbeddedWorkers(settings.shards, settings.device, settings.threads))
+        workers = await _workers(settings, stack)
         # torch takes seconds to import: here they pass while the workers do the same.
         private_mesh = await asyncio.to_thread(importlib.import_module, "coordinator.private_mesh")
         request = make_request([0] * prompt_tokens, new_tokens)
         coordinator: Coordinator = await private_mesh.start_private_mesh(
-            workers, settings.model, settings.kv_tokens, request, rounds.append
+            workers, settings.model, settings.kv_tokens, request, rounds.append, insecure=settings.insecure
         )
         stack.push_async_callback(coordinator.stop, grace_s=0)
         client = await stack.enter_async_context(GenerationClient(coordinator.address))
         plan = coordinator.model.plan(settings.shards, PAGE_TOKENS)
         yield RecordedMesh(client, coordinator.model.spec, plan, workers.folder, time.monotonic() - start, rounds)
+
+
+async def _workers(settings: MeshSettings, stack: AsyncExitStack) -> EmbeddedWorkers | GivenWorkers:
+    if not settings.workers:
+        return await stack.enter_async_context(EmbeddedWorkers(settings.shards, settings.device, settings.threads))
+    folder = stack.enter_context(tempfile.TemporaryDirectory(prefix="shardmesh-"))
+    return GivenWorkers(settings.workers, Path(folder))

@@ -129,26 +129,31 @@ class OverheadComparison:
     """Overheads of rounds, microseconds."""
 
     mesh: Spread
-    echo: Spread
+    echo: Spread | None
+    """None where no echo ran."""
 
     @property
-    def ratio(self) -> float:
+    def ratio(self) -> float | None:
         """Of the medians."""
-        return self.mesh.median / self.echo.median
+        return self.mesh.median / self.echo.median if self.echo else None
 
     def as_dict(self) -> dict[str, Any]:
         """By name, for JSON."""
-        return {"overhead_us": self.mesh.as_dict(), "echo_overhead_us": self.echo.as_dict(), "ratio": self.ratio}
+        echo = self.echo.as_dict() if self.echo else None
+        return {"overhead_us": self.mesh.as_dict(), "echo_overhead_us": echo, "ratio": self.ratio}
 
 
 def compare_overheads(
     mesh: Mapping[str, Sequence[float]], echo: Mapping[str, Sequence[float]]
 ) -> tuple[OverheadComparison, dict[str, OverheadComparison]]:
-    """Compare overheads by action, microseconds: of all rounds, and of each action that both have."""
-    actions = [action for action in mesh if action in echo]
-    pairs = {action: OverheadComparison(Spread.of(mesh[action]), Spread.of(echo[action])) for action in actions}
-    everything = [[value for action in actions for value in side[action]] for side in (mesh, echo)]
-    return OverheadComparison(*map(Spread.of, everything)), pairs
+    """Compare overheads by action, microseconds: of all rounds, and of each action that both have; the echo may be empty."""
+    actions = [action for action in mesh if action in echo or not echo]
+
+    def compared(chosen: Sequence[str]) -> OverheadComparison:
+        own, bare = ([value for action in chosen for value in side.get(action, ())] for side in (mesh, echo))
+        return OverheadComparison(Spread.of(own), Spread.of(bare) if bare else None)
+
+    return compared(actions), {action: compared([action]) for action in actions}
 
 
 async def _round(calls: Sequence[Any], request: bytes) -> float:

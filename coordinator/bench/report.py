@@ -188,7 +188,8 @@ class Report:
         table = _table("a round beyond compute, us", "min", "median", "max", "bare gRPC echo", "ratio")
         for name, found in {**self.overhead_by_action, "all": self.overhead}.items():
             own = (f"{value:.0f}" for value in (found.mesh.min, found.mesh.median, found.mesh.max))
-            table.add_row(name, *own, f"{found.echo.median:.0f}", f"{found.ratio:.2f}")
+            bare = (f"{found.echo.median:.0f}", f"{found.ratio:.2f}") if found.echo else ("-", "-")
+            table.add_row(name, *own, *bare)
         return table
 
     def _processes(self) -> Table:
