@@ -71,17 +71,12 @@ class Work:
 
     rounds: int
     shards: int
-    round_bytes: float
-    """Of one round, there and back, all workers."""
+    bytes: float
+    """Of all rounds, there and back, all workers."""
     read_bytes: float
     """Weights, keys and values that the worker with the most of them has to read."""
     operations: float
     """Of the worker with the most of them."""
-
-    @property
-    def bytes(self) -> float:
-        """Of all rounds."""
-        return self.rounds * self.round_bytes
 
 
 @dataclass(frozen=True, slots=True)
@@ -119,18 +114,24 @@ class Mesh:
         blocks = spec.feed_forward
         touched = [distinct_experts(block, rows) for block in blocks]
         chosen = [block.gate.top_k if isinstance(block, MoeSpec) else 0 for block in blocks]
-        routes = sum(8 * rows * count for count in chosen) / spec.num_layers / 2
-        message = num_bytes(self.wire, (rows, spec.hidden)) + HEADER_BYTES
-        per_layer = 3 if spec.attention.qk_norm == QK_NORM_FULL else 2
+        attention_rounds = spec.num_layers * (2 if spec.attention.qk_norm == QK_NORM_FULL else 1)
+        # Of the last layer's feed-forward block and of the head only the rows that are sampled are wanted.
+        last = 2 if sampled else 0
+        messages = (attention_rounds + spec.num_layers - 1) * self._message_bytes(rows) + last * self._message_bytes(sampled)
+        routes = 8 * (rows * sum(chosen[:-1]) + sampled * chosen[-1])
+        rounds = attention_rounds + spec.num_layers - 1 + last
         heads = [spec.hidden * (plan.vocabulary.end - plan.vocabulary.start) for plan in self.shards]
         weights = [decode_bytes(plan, chosen, 0) / 2 - head for plan, head in zip(self.whole, heads, strict=True)]
         return Work(
-            rounds=per_layer * spec.num_layers + 1,
+            rounds=rounds,
             shards=len(self.shards),
-            round_bytes=len(self.shards) * (2 * message + routes),
+            bytes=len(self.shards) * (2 * messages + routes),
             read_bytes=max(decode_bytes(plan, touched, context_tokens) for plan in self.shards),
             operations=2 * max(rows * weight + sampled * head for weight, head in zip(weights, heads, strict=True)),
         )
+
+    def _message_bytes(self, rows: int) -> int:
+        return num_bytes(self.wire, (rows, self.spec.hidden)) + HEADER_BYTES
 
     def prefill(self, prompt_tokens: int) -> list[Work]:
         """Describe the steps of one prompt."""
@@ -149,7 +150,7 @@ def distinct_experts(block: object, rows: int) -> int:
 
 def step_s(work: Work, costs: Costs, network: Network) -> float:
     """Time of a step, seconds."""
-    one_way = work.round_bytes / work.shards / 2
+    one_way = work.bytes / work.rounds / work.shards / 2
     packets_s = 2 * min(one_way, PACKET_BYTES) / network.bytes_per_s
     rounds_s = work.rounds * (costs.round_s + work.shards * costs.shard_s + network.rtt_s + packets_s)
     bytes_s = work.bytes * (costs.byte_s + 1 / network.bytes_per_s)
@@ -159,15 +160,17 @@ def step_s(work: Work, costs: Costs, network: Network) -> float:
 def calibrate(reports: Sequence[dict[str, Any]], meshes: Sequence[Mesh]) -> Costs:
     """Take the constants from what `coordctl bench --json` said.
 
-    What a byte costs comes from runs with --concurrency, as one stream's step beside that of many; it is 0 without one. What a
-    shard costs is the slope over meshes of unlike size (least squares); it is 0 with one size. Rates are medians.
+    What a byte costs comes from runs with --concurrency, as one stream's step beside that of many, but is no more than a prompt's
+    time leaves for its bytes; it is 0 without such a run. What a shard costs is the slope over meshes of unlike size (least
+    squares); it is 0 with one size. Rates are medians.
 
     Args:
         reports: of one machine in one hour.
         meshes: the mesh of each.
 
     """
-    byte_s = max(0.0, statistics.median([_byte_s(report) for report in reports if report["concurrent"]] or [0.0]))
+    most_s = statistics.median(map(_most_byte_s, reports, meshes))
+    byte_s = max(0.0, min(most_s, statistics.median([_byte_s(report) for report in reports if report["concurrent"]] or [0.0])))
     beyond = [_round_s(report["per_token"]) - byte_s * _round_bytes(report["per_token"]) for report in reports]
     sizes = [float(report["shards"]) for report in reports]
     shard_s = max(0.0, statistics.linear_regression(sizes, beyond).slope) if len(set(sizes)) > 1 else 0.0
@@ -200,15 +203,29 @@ def _byte_s(report: dict[str, Any]) -> float:
     return (_round_s(many) - _round_s(one)) / (_round_bytes(many) - _round_bytes(one))
 
 
+def _most_byte_s(report: dict[str, Any], mesh: Mesh) -> float:
+    """What a byte of a prompt cost if nothing was computed."""
+    work = mesh.prefill(report["prompt_tokens"])
+    rounds_s = sum(step.rounds for step in work) * _round_s(report["per_token"])
+    return (_prompt_s(report) - rounds_s) / sum(step.bytes for step in work)
+
+
+def _prompt_s(report: dict[str, Any]) -> float:
+    return float(report["prompt_tokens"] / report["prefill"]["tokens_per_s"]["median"])
+
+
 def _bytes_per_s(report: dict[str, Any], mesh: Mesh) -> float:
     work = decode_work(mesh, 1, report["prompt_tokens"], report["new_tokens"])
     return work.read_bytes / float(report["per_token"]["compute_ms"]) * 1e3
 
 
 def _operations_per_s(report: dict[str, Any], mesh: Mesh, costs: Costs) -> float:
-    """Operations of a prompt by what its time leaves for them: infinite where rounds and reading take all of it."""
-    took_s = report["prompt_tokens"] / report["prefill"]["tokens_per_s"]["median"]
+    """Operations of a prompt by what its time leaves for them: infinite if nothing, and no fewer than decoding made."""
     work = mesh.prefill(report["prompt_tokens"])
     others = replace(costs, bytes_per_s=math.inf)
-    left_s = took_s - sum(step_s(step, others, Network()) for step in work)
-    return sum(step.operations for step in work) / left_s if left_s > 0 else math.inf
+    left_s = _prompt_s(report) - sum(step_s(step, others, Network()) for step in work)
+    if left_s <= 0:
+        return math.inf
+    token = decode_work(mesh, 1, report["prompt_tokens"], report["new_tokens"])
+    least = token.operations / float(report["per_token"]["compute_ms"]) * 1e3
+    return max(sum(step.operations for step in work) / left_s, least)

@@ -1,12 +1,14 @@
 """Machines and the network between them, in miniature: one network namespace for each, all on one switch.
 
-Nothing has a name outside: a namespace lives as long as the process that holds it, which ends with its standard input, and so with
-this process, however that ends; devices go with their namespaces. The rate of a port is Linux' token bucket (tbf) at both of
-its ends, the delay is a cable (`bench/relay.py`) between the first node and the switch. Needs root.
+Nothing has a name outside: a namespace lives as long as the process that holds it, which ends with its standard input, and so
+with this process, however that ends; devices go with their namespaces. Delays and slow ports are a cable (`bench/relay.py`)
+between the first node and the switch; fast ports, which that could not serve, are Linux' token bucket (tbf) at both of their
+ends, which lets the first few thousand bytes pass at once. Needs root.
 """
 
 from __future__ import annotations
 
+import math
 import os
 import select
 import shutil
@@ -24,6 +26,8 @@ COMMAND_S = 10.0
 """Longest that a command which sets something up may take."""
 TOOLS = ("ip", "tc", "nsenter", "unshare")
 _SUBNET = "10.77.0"
+_RELAYED_BITS_PER_S = 2e8
+"""Fastest port that the relay can be."""
 _BUCKET_S = 2.5e-4
 """Of a port's rate: what may go in one burst; a timer is no finer."""
 _LEAST_BUCKET_BYTES = 3200
@@ -118,13 +122,14 @@ class Network:
         """
         self._cable.close()
         _run(self._nodes[0], "ip link del eth0", check=False)
-        if rtt_s:
-            self._plug_cable(rtt_s / 2)
+        relayed = bits_per_s if bits_per_s and bits_per_s <= _RELAYED_BITS_PER_S else None
+        if rtt_s or relayed:
+            self._plug_cable(rtt_s / 2, relayed / 8 if relayed else math.inf)
         else:
             self._plug(0)
         for number, node in enumerate(self._nodes):
             for pid, device in ((node, "eth0"), (self._switch, f"port{number}")):
-                _limit(pid, device, bits_per_s)
+                _limit(pid, device, None if relayed else bits_per_s)
 
     def _namespace(self, stack: ExitStack) -> int:
         """Make a namespace; the process id of its holder stands for it."""
@@ -138,8 +143,10 @@ class Network:
         _run(self._nodes[number], f"ip link add eth0 type veth peer name port{number} netns {self._switch}")
         self._connect(number)
 
-    def _plug_cable(self, delay_s: float) -> None:
-        relay = self._cable.enter_context(Process(["unshare", "--net", sys.executable, "-m", "bench.relay", str(delay_s * 1e3)]))
+    def _plug_cable(self, delay_s: float, bytes_per_s: float) -> None:
+        relay = self._cable.enter_context(
+            Process(["unshare", "--net", sys.executable, "-m", "bench.relay", str(delay_s * 1e3), str(bytes_per_s)])
+        )
         if relay.wait_line() != "ready":
             raise OSError("the relay did not start")
         _run(relay.pid, f"ip link set near netns {self._nodes[0]} name eth0")

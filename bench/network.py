@@ -37,6 +37,7 @@ if TYPE_CHECKING:
 
 PORT = 7000
 START_S = 120.0
+STOP_S = 10.0
 RUN_S = 300.0
 """Longest that a run of a case may take."""
 
@@ -136,8 +137,8 @@ def meshes(num_workers: int) -> Iterator[Network]:
         network = stack.enter_context(Network(num_workers + 1))
         folder = stack.enter_context(tempfile.TemporaryDirectory(prefix="shardmesh-"))
         serve = [sys.executable, "-m", "shardworker", "serve", "--insecure", "--threads", "1", "--device", "cpu"]
-        # With this flag it ends when its standard input does.
-        serve += ["--log-level", "error", "--embedded-in", f"{folder}/gone"]
+        # With this flag it ends, and removes the folder, when its standard input does.
+        serve += ["--log-level", "error", "--embedded-in", folder]
         workers = [
             stack.enter_context(Process(network.inside(node, [*serve, "--listen", address(node)])))
             for node in range(1, num_workers + 1)
@@ -169,15 +170,26 @@ def run_case(network: Network, case: Case, flags: dict[str, Any]) -> Run:
 def _output(network: Network, arguments: Sequence[str], deadline_s: float) -> str:
     """Standard output of a Python process in node 0; its failure is ours."""
     command = network.inside(0, [sys.executable, *arguments])
+    process = subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, text=True, cwd=ROOT)  # noqa: S603  # ourselves
     try:
-        found = subprocess.run(  # noqa: S603  # ourselves
-            command, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, text=True, check=False, timeout=deadline_s, cwd=ROOT
-        )
+        output, _ = process.communicate(timeout=deadline_s)
     except subprocess.TimeoutExpired:
         sys.exit(f"bench.network: {' '.join(arguments[:3])} took longer than {deadline_s:g} s")
-    if found.returncode:
-        sys.exit(found.returncode)
-    return found.stdout
+    finally:
+        _end(process)
+    if process.returncode:
+        sys.exit(process.returncode)
+    return output
+
+
+def _end(process: subprocess.Popen[str]) -> None:
+    """End a process that may run still: kindly, so that it removes what it made, but soon."""
+    process.terminate()
+    try:
+        process.communicate(timeout=STOP_S)
+    except subprocess.TimeoutExpired:
+        process.kill()
+        process.communicate()
 
 
 def markdown(runs: Sequence[Run]) -> str:
@@ -191,11 +203,24 @@ def markdown(runs: Sequence[Run]) -> str:
         for measured, said in zip((token_s, prompt_s), predict(case, rtt_s, by_case[case.baseline]), strict=True):
             cells += [f"{measured * 1e3:.1f} ms", f"{said * 1e3:.1f} ms", f"{100 * (said / measured - 1):+.0f} %"]
         lines.append("| " + " | ".join(cells) + " |")
-    report = runs[0].report
+    baselines = [run.report for case, same in by_case.items() if case == case.baseline for run in same]
+    return "\n".join(lines) + f"\n\n{_footnote(baselines)}\n"
+
+
+def _footnote(baselines: Sequence[dict[str, Any]]) -> str:
+    costs = calibrate(baselines, [read_mesh(report, "bf16") for report in baselines])
+    report, machine = baselines[0], baselines[0]["machine"]
     work = f"prompts of {report['prompt_tokens']} tokens, {report['new_tokens']} new ones"
-    lines.append(f"\n{report['model']}, {report['quantization']} quantization, {work}; the first line of each size is measured")
-    lines.append(f"for the model, not against it. {report['machine']['cpu']}, {report['machine']['cores']} cores for everything.")
-    return "\n".join(lines) + "\n"
+    rounds = f"{costs.round_s * 1e6:.0f} us a round, {costs.shard_s * 1e6:.0f} us more for each worker"
+    rates = f"reads {costs.bytes_per_s / 1e9:.1f} GB/s and makes {costs.operations_per_s / 1e9:.0f} G operations/s"
+    return "\n".join(
+        (
+            f"{report['model']}, {report['dtype']}, {report['quantization']} quantization; {work}.",
+            f"{machine['cpu']}, {machine['cores']} cores for everything.",
+            "The first line of each size gave the model its constants, the others are predicted. All sizes together give",
+            f"{rounds} and {costs.byte_s * 1e9:.1f} ns for each byte; a worker {rates}.",
+        )
+    )
 
 
 def _measured(run: Run) -> tuple[float, float, float]:

@@ -69,8 +69,9 @@ class LlamaCpp:
 
     def evaluate(self, ids: list[int]) -> None:
         """Append tokens; returns when the last one's logits are there."""
-        batch = self._api.llama_batch_get_one((self._api.llama_token * len(ids))(*ids), len(ids))
-        if status := self._api.llama_decode(self._context, batch):
+        # A batch points into the array, and does not keep it.
+        tokens = (self._api.llama_token * len(ids))(*ids)
+        if status := self._api.llama_decode(self._context, self._api.llama_batch_get_one(tokens, len(ids))):
             sys.exit(f"llama.cpp failed on {len(ids)} tokens with status {status}")
         self._api.llama_synchronize(self._context)
 

@@ -107,7 +107,7 @@ def list_systems(gguf: Path, flags: dict[str, Any]) -> list[System]:
     except ValueError:
         raise click.BadParameter("--llama-threads must look like 2,1 and --meshes like 1x2,2x1") from None
     llama = (flags["python"], str(CHILD), "llama.cpp", str(gguf), *lengths)
-    systems = [System(f"llama.cpp Q4_0, {count} threads", (*llama, f"--threads={count}")) for count in threads]
+    systems = [System(f"llama.cpp Q4_0, {count_threads(count)}", (*llama, f"--threads={count}")) for count in threads]
     model = str(flags["model"])
     mesh = (sys.executable, "-m", "coordinator", "bench", "--json", "--load-format=random", f"--model={model}", "--quantize=int4")
     systems += [
@@ -116,8 +116,13 @@ def list_systems(gguf: Path, flags: dict[str, Any]) -> list[System]:
     ]
     if flags["transformers"]:
         command = (sys.executable, str(CHILD), "transformers", model, *lengths, f"--threads={threads[0]}")
-        systems.append(System(f"transformers bf16, {threads[0]} threads", command))
+        systems.append(System(f"transformers bf16, {count_threads(threads[0])}", command))
     return systems
+
+
+def count_threads(count: int) -> str:
+    """Write a number of threads out."""
+    return f"{count} thread{'s' if count > 1 else ''}"
 
 
 def run_child(command: tuple[str, ...], limit_s: float) -> dict[str, Any]:

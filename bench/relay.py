@@ -1,9 +1,10 @@
-"""A cable of some length: joins two TAP devices, and hands each frame on after a delay, both ways alike.
+"""A cable of some length between two ports of some rate: joins two TAP devices, and hands each frame on after its time.
 
-    unshare --net .venv/bin/python -m bench.relay DELAY_MS
+    unshare --net .venv/bin/python -m bench.relay DELAY_MS BYTES_PER_S
 
 Makes the devices `near` and `far` where it runs, says "ready", and relays until its standard input ends; meanwhile whoever
-started it moves them to the network namespaces that they shall join. Linux does this by itself where its kernel has netem.
+started it moves them to the network namespaces that they shall join. A rate of `inf` limits nothing. Linux does all this by
+itself where its kernel has netem; its token bucket lets a small message pass at once, however slow the port.
 """
 
 from __future__ import annotations
@@ -28,15 +29,20 @@ _MAX_FRAMES = 10_000
 class DelayLine:
     """Frames on their way in one direction."""
 
-    def __init__(self, delay_s: float) -> None:
+    def __init__(self, delay_s: float, bytes_per_s: float) -> None:
         """Start empty."""
         self._delay_s = delay_s
+        self._bytes_per_s = bytes_per_s
+        self._sent_s = 0.0
         self._frames: deque[tuple[float, bytes]] = deque()
 
     def put(self, frame: bytes, now_s: float) -> None:
         """Take a frame in; it is lost if there are too many."""
         if len(self._frames) < _MAX_FRAMES:
-            self._frames.append((now_s + self._delay_s, frame))
+            frame_s = len(frame) / self._bytes_per_s
+            self._sent_s = max(now_s, self._sent_s) + frame_s
+            # The port at the other end sends on what it has got whole.
+            self._frames.append((self._sent_s + self._delay_s + frame_s, frame))
 
     def take(self, now_s: float) -> list[bytes]:
         """Give the frames whose time has come, in the order in which they came in."""
@@ -51,9 +57,9 @@ class DelayLine:
         return self._frames[0][0] if self._frames else None
 
 
-def relay(near: int, far: int, delay_s: float) -> None:
+def relay(near: int, far: int, delay_s: float, bytes_per_s: float) -> None:
     """Carry frames between two devices until standard input ends."""
-    lines = {near: (DelayLine(delay_s), far), far: (DelayLine(delay_s), near)}
+    lines = {near: (DelayLine(delay_s, bytes_per_s), far), far: (DelayLine(delay_s, bytes_per_s), near)}
     while True:
         due = [line.next_s for line, _ in lines.values() if line.next_s is not None]
         wait_s = max(0.0, min(due) - time.monotonic()) if due else None
@@ -85,14 +91,14 @@ def open_tap(name: str) -> int:
 
 def main() -> None:
     """Run."""
-    delay_s = float(sys.argv[1]) / 1e3
+    delay_s, bytes_per_s = float(sys.argv[1]) / 1e3, float(sys.argv[2])
     near, far = open_tap("near"), open_tap("far")
     # A cable does not wait for a core.
     with contextlib.suppress(PermissionError):
         os.setpriority(os.PRIO_PROCESS, 0, -15)
     sys.stdout.write("ready\n")
     sys.stdout.flush()
-    relay(near, far, delay_s)
+    relay(near, far, delay_s, bytes_per_s)
 
 
 if __name__ == "__main__":

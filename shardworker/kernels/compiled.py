@@ -75,7 +75,7 @@ class PackedWeight:
 
     def matmul(self, x: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
         """[rows, in] -> float32 [rows, out]."""
-        x = x.contiguous()
+        x = _rows(x, self.num_inputs)
         rows = x.shape[0]
         out = torch.empty((rows, self.num_outputs), dtype=torch.float32)
         if self.num_inputs == 0:
@@ -96,7 +96,9 @@ class PackedWeight:
         """Convert or quantize [n, in] and lay it out from row `row` of the flattened weight on."""
         if block.dtype not in _DTYPES or block.stride(-1) != 1:
             block = block.float().contiguous()
-        count = block.shape[0]
+        count, height = block.shape[0], self.values.shape[0] * self.num_outputs
+        if block.shape[1] != self.num_inputs or not 0 <= row <= height - count:
+            raise ValueError(f"wanted [n, {self.num_inputs}] within {height} rows, found {list(block.shape)} at row {row}")
         _operations.store(
             self.kernels.pool,
             self.kind,
@@ -110,7 +112,7 @@ class PackedWeight:
             block.stride(0) * block.itemsize,
             _DTYPES[block.dtype],
         )
-        return count * self.nbytes // max(1, self.values.shape[0] * self.num_outputs)
+        return count * self.nbytes // max(1, height)
 
     @property
     def numbers(self) -> tuple[int, int, int, int, int]:
@@ -177,7 +179,7 @@ class CompiledKernels:
     def _feed_forward(
         self, x: torch.Tensor, gate_up: Weight, down: Weight, biases: tuple[int, int], routing: tuple[int, int, int, int]
     ) -> torch.Tensor:
-        x = x.contiguous()
+        x = _rows(x, gate_up.num_inputs)
         rows = x.shape[0]
         out = torch.empty((rows, down.num_outputs), dtype=torch.float32)
         first, second = _packed(gate_up).numbers, _packed(down).numbers
@@ -255,6 +257,13 @@ def _packed(weight: Weight) -> PackedWeight:
     if not isinstance(weight, PackedWeight):
         raise TypeError(f"a weight of other kernels: {type(weight).__name__}")
     return weight
+
+
+def _rows(x: torch.Tensor, num_inputs: int) -> torch.Tensor:
+    """As compiled code reads them, which looks at no shape."""
+    if x.shape[1] != num_inputs:
+        raise ValueError(f"wanted [rows, {num_inputs}], found {list(x.shape)}")
+    return x.contiguous()
 
 
 def _address(tensor: torch.Tensor | None) -> int:

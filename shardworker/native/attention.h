@@ -13,6 +13,7 @@
 #include "operations.h"
 
 enum { TILE = 16, STRETCH = 512, BLOCK_ROWS = 16 };
+enum { MOST_STATES = 128 << 20 }; /* bytes for stretches that wait to be joined */
 
 /* What a query has seen: maximum of its scores, sums of their exponentials lane by lane, weighted values. */
 struct state {
@@ -29,7 +30,8 @@ struct attention_phase {
     int32_t *group_starts; /* [num_groups + 1]: first query head of each kv head that is read */
     int64_t num_groups, largest_group;
     char *states; /* [rows, heads, kept] */
-    /* Stretches of a query that wait to be joined: all where tasks are too few to busy the threads, otherwise one, joined. */
+    /* Stretches of a query that wait to be joined: all where tasks are too few to busy the threads and memory allows,
+     * otherwise one, joined. */
     int64_t kept, stretches;
     char *scratch;
     int64_t scratch_bytes;
@@ -48,7 +50,7 @@ INLINE void clear(struct state *state, int64_t dim) {
 
 /* Goes on with what a later stretch saw. */
 INLINE void join(struct state *whole, const struct state *part, int64_t dim) {
-    if (part->best[0] == -INFINITY) return; /* it saw nothing */
+    if (part->best[0] == -INFINITY && part->total[0] == 0) return; /* it saw nothing, not even a NaN */
     const float best = part->best[0] > whole->best[0] ? part->best[0] : whole->best[0];
     const vf old = vf_exp(vf_all(whole->best[0] - best)), new = vf_exp(vf_all(part->best[0] - best));
     whole->best[0] = best;
@@ -62,6 +64,9 @@ INLINE void *slot_of(const struct attention_job *job, void *pool, int64_t kv_hea
     return (char *)pool + (kv_head * job->slots + slot) * job->head_dim * (job->dtype == DTYPE_F32 ? 4 : 2);
 }
 
+/* A NaN stays one. */
+INLINE float clamp(float x, float clip) { return x < -clip ? -clip : x > clip ? clip : x; }
+
 INLINE float element(const void *p, int64_t i, enum dtype dtype) {
     if (dtype == DTYPE_F32) return ((const float *)p)[i];
     if (dtype == DTYPE_F16) return half_to_float(((const uint16_t *)p)[i]);
@@ -70,11 +75,11 @@ INLINE float element(const void *p, int64_t i, enum dtype dtype) {
 
 /* Writes a head of `n` floats, which lies in whole vectors. */
 INLINE void store_head(void *target, const float *head, int64_t n, enum dtype dtype) {
-    float last[LANES];
+    _Alignas(4) char last[LANES * 4];
     for (int64_t i = 0; i < n; i += LANES) {
         vf v = vf_load(head + i);
         const int64_t count = n - i < LANES ? n - i : LANES;
-        if (dtype == DTYPE_F32) vf_store(last, v);
+        if (dtype == DTYPE_F32) vf_store((float *)last, v);
         else if (dtype == DTYPE_BF16) store_bfloat((uint16_t *)last, v);
         else store_half((uint16_t *)last, v);
         const int64_t item = dtype == DTYPE_F32 ? 4 : 2;
@@ -88,7 +93,7 @@ INLINE void load_head(float *head, const void *source, int64_t n, enum dtype dty
     int64_t i = 0;
     for (; i + LANES <= n; i += LANES) vf_store(head + i, load_as_float((const char *)source + i * item, dtype));
     if (i < n) {
-        float last[LANES] = {0};
+        _Alignas(4) char last[LANES * 4] = {0};
         memcpy(last, (const char *)source + i * item, (size_t)((n - i) * item));
         vf_store(head + i, load_as_float(last, dtype));
     }
@@ -109,7 +114,7 @@ INLINE void prepare_head(const struct attention_job *job, int64_t row, int64_t h
         for (int64_t i = 0; i < dim; i++) x[i] = element(job->qk_norm, head * dim + i, job->dtype) * (x[i] * scale);
     }
     if (job->clip > 0)
-        for (int64_t i = 0; i < dim; i++) x[i] = fminf(fmaxf(x[i], -job->clip), job->clip);
+        for (int64_t i = 0; i < dim; i++) x[i] = clamp(x[i], job->clip);
     const float *cosines = job->cosines + row * job->rotary_dims, *sines = job->sines + row * job->rotary_dims;
     for (int64_t i = 0; i < half; i++) {
         const float first = x[i], second = x[i + half];
@@ -133,7 +138,7 @@ static void prepare_task(void *argument, int64_t row, int thread) {
         load_head(x, qkv + h * dim, dim, DTYPE_F32);
         if (h < heads + kv_heads) prepare_head(job, row, h, x);
         else if (job->clip > 0)
-            for (int64_t i = 0; i < dim; i++) x[i] = fminf(fmaxf(x[i], -job->clip), job->clip);
+            for (int64_t i = 0; i < dim; i++) x[i] = clamp(x[i], job->clip);
         if (h >= heads) {
             const int is_key = h < heads + kv_heads;
             const int64_t kv_head = h - heads - (is_key ? 0 : kv_heads);
@@ -267,7 +272,8 @@ static int64_t cut(struct attention_phase *phase, int num_threads) {
         const int64_t size = phase->group_starts[group + 1] - phase->group_starts[group];
         if (size > phase->largest_group) phase->largest_group = size;
     }
-    phase->kept = blocks * phase->num_groups < 4 * num_threads && num_threads > 1 ? phase->stretches : 1;
+    const int few = blocks * phase->num_groups < 4 * num_threads && num_threads > 1;
+    phase->kept = few && job->rows * job->heads * phase->stretches * state_bytes(phase) <= MOST_STATES ? phase->stretches : 1;
     return blocks * phase->num_groups * phase->kept;
 }
 

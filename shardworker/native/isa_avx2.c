@@ -5,6 +5,7 @@
 #else
 #pragma GCC target("avx2,fma,f16c")
 #endif
+#define LANES 8
 #include "attention.h"
 #include "products.h"
 

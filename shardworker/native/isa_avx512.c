@@ -5,6 +5,7 @@
 #else
 #pragma GCC target("avx512f,avx512bw,avx512dq,avx512vl,avx2,fma,f16c")
 #endif
+#define LANES 16
 #include "attention.h"
 #include "products.h"
 

@@ -1,10 +1,13 @@
 /* AVX-512 with dot products of bfloat16. */
-#if defined(__x86_64__)
+#include "operations.h"
+#if defined(HAS_AVX512_BF16)
 #if defined(__clang__)
 #pragma clang attribute push(__attribute__((target("avx512f,avx512bw,avx512dq,avx512vl,avx512bf16,avx2,fma,f16c"))), apply_to = function)
 #else
 #pragma GCC target("avx512f,avx512bw,avx512dq,avx512vl,avx512bf16,avx2,fma,f16c")
 #endif
+#define LANES 16
+#define HAS_PAIRS
 #include "attention.h"
 #include "products.h"
 

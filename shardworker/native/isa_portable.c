@@ -1,4 +1,5 @@
 /* Any processor: vectors of four. */
+#define LANES 4
 #include "attention.h"
 #include "products.h"
 

@@ -1,5 +1,6 @@
 /* Vectors of floats as wide as the instruction set that the including file is compiled for.
  *
+ * That file defines LANES and, where it has dot products of bfloat16, HAS_PAIRS: clang's attributes define no __AVX2__ to tell.
  * GCC's and clang's vector extensions carry the arithmetic; only what they cannot say is an intrinsic.
  */
 #ifndef SHARDMESH_LANES_H
@@ -9,14 +10,6 @@
 
 #if defined(__x86_64__)
 #include <immintrin.h>
-#endif
-
-#if defined(__AVX512F__)
-#define LANES 16
-#elif defined(__AVX2__)
-#define LANES 8
-#else
-#define LANES 4
 #endif
 
 typedef float vf __attribute__((vector_size(LANES * 4)));

@@ -18,7 +18,9 @@ static void find_variants(void) {
     __builtin_cpu_init();
     if (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512dq") &&
         __builtin_cpu_supports("avx512vl")) {
+#if defined(HAS_AVX512_BF16)
         if (__builtin_cpu_supports("avx512bf16")) variants[num_variants++] = &avx512_bf16_operations;
+#endif
         variants[num_variants++] = &avx512_operations;
     }
     if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma")) variants[num_variants++] = &avx2_operations;

@@ -65,7 +65,11 @@ struct operations {
 
 extern const struct operations portable_operations;
 #if defined(__x86_64__)
-extern const struct operations avx2_operations, avx512_operations, avx512_bf16_operations;
+extern const struct operations avx2_operations, avx512_operations;
+#if defined(__clang__) || __GNUC__ >= 10 /* the first that knows them */
+#define HAS_AVX512_BF16
+extern const struct operations avx512_bf16_operations;
+#endif
 #endif
 
 #endif

@@ -6,16 +6,28 @@
 #include <signal.h>
 #include <stdatomic.h>
 #include <stdlib.h>
+#include <unistd.h>
 
 #if defined(__linux__)
 #include <linux/futex.h>
 #include <sys/syscall.h>
-#include <unistd.h>
 static void sleep_while(atomic_uint *word, unsigned value) { syscall(SYS_futex, word, FUTEX_WAIT_PRIVATE, value, NULL, NULL, 0); }
 static void wake_all(atomic_uint *word) { syscall(SYS_futex, word, FUTEX_WAKE_PRIVATE, 1 << 30, NULL, NULL, 0); }
 #else
-static void sleep_while(atomic_uint *word, unsigned value) { (void)word, (void)value, sched_yield(); }
-static void wake_all(atomic_uint *word) { (void)word; }
+/* Of all pools: taken only to sleep, and to wake who sleeps. */
+static pthread_mutex_t sleeping = PTHREAD_MUTEX_INITIALIZER;
+static pthread_cond_t changed = PTHREAD_COND_INITIALIZER;
+static void sleep_while(atomic_uint *word, unsigned value) {
+    pthread_mutex_lock(&sleeping);
+    while (atomic_load(word) == value) pthread_cond_wait(&changed, &sleeping);
+    pthread_mutex_unlock(&sleeping);
+}
+static void wake_all(atomic_uint *word) {
+    (void)word;
+    pthread_mutex_lock(&sleeping);
+    pthread_cond_broadcast(&changed);
+    pthread_mutex_unlock(&sleeping);
+}
 #endif
 
 #if defined(__x86_64__)
@@ -41,6 +53,7 @@ struct pool {
     _Atomic(void *) job;
     atomic_int_fast64_t num_tasks;
     int num_threads;
+    pid_t process; /* that has the threads: a fork has none of them, and computes alone */
     pthread_t *threads;
 };
 
@@ -97,7 +110,7 @@ static void announce(struct pool *pool) {
 struct pool *pool_create(int num_threads) {
     struct pool *pool = aligned_alloc(64, (sizeof *pool + 63) / 64 * 64);
     if (!pool) return NULL;
-    *pool = (struct pool){.num_threads = 1};
+    *pool = (struct pool){.num_threads = 1, .process = getpid()};
     pool->threads = calloc((size_t)num_threads, sizeof *pool->threads);
     if (!pool->threads) {
         free(pool);
@@ -124,10 +137,12 @@ struct pool *pool_create(int num_threads) {
 }
 
 void pool_destroy(struct pool *pool) {
-    atomic_store(&pool->closing, 1);
-    atomic_fetch_add(&pool->signal, 1);
-    wake_all(&pool->signal);
-    for (int thread = 1; thread < pool->num_threads; thread++) pthread_join(pool->threads[thread], NULL);
+    if (pool->process == getpid()) {
+        atomic_store(&pool->closing, 1);
+        atomic_fetch_add(&pool->signal, 1);
+        wake_all(&pool->signal);
+        for (int thread = 1; thread < pool->num_threads; thread++) pthread_join(pool->threads[thread], NULL);
+    }
     free(pool->threads);
     free(pool);
 }

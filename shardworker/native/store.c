@@ -24,10 +24,19 @@ static const float DIVISORS[NUM_DIVISORS] = {-8.0f, -7.0f, 7.0f, -6.0f, 6.0f};
 
 #define INLINE static inline __attribute__((always_inline))
 
+enum { HALF_NAN = 0x7e00 };
+
+INLINE int has_nan(const float *w) {
+    int found = 0;
+    for (int i = 0; i < GROUP; i++) found |= w[i] != w[i];
+    return found;
+}
+
 INLINE float inverse_of(uint16_t scale) { return scale & 0x7fff ? 1.0f / half_to_float(scale) : 0.0f; }
 
 FOR_THIS_PROCESSOR static uint16_t quantize_int8(const float *w, uint8_t *values) {
     float largest = 0;
+    if (has_nan(w)) return memset(values, 0, GROUP), HALF_NAN;
     for (int i = 0; i < GROUP; i++) largest = fabsf(w[i]) > largest ? fabsf(w[i]) : largest;
     const uint16_t scale = float_to_half(largest / 127.0f);
     const float inverse = inverse_of(scale);
@@ -60,6 +69,7 @@ FOR_THIS_PROCESSOR static uint16_t quantize_int4(const float *w, uint8_t *values
     float largest = 0, extreme = 0, least = 0, nibbles[NUM_DIVISORS][GROUP];
     uint16_t scales[NUM_DIVISORS];
     int best = 0;
+    if (has_nan(w)) return memset(values, 0, GROUP), HALF_NAN;
     for (int i = 0; i < GROUP; i++) largest = fabsf(w[i]) > largest ? fabsf(w[i]) : largest;
     for (int i = GROUP - 1; i >= 0; i--) extreme = fabsf(w[i]) == largest ? w[i] : extreme;
     for (int d = 0; d < NUM_DIVISORS; d++) {

@@ -90,7 +90,7 @@ INLINE void tile_float(const struct tile *t, enum kind kind, int rows, int panel
     UNROLL for (int r = 0; r < rows; r++) UNROLL for (int v = 0; v < vectors; v++) vf_store(t->out + r * t->out_stride + v * LANES, acc[r][v]);
 }
 
-#if defined(__AVX512BF16__)
+#if defined(HAS_PAIRS)
 /* bfloat16 rows, two inputs at a time: products are exact, sums are float32. */
 INLINE void tile_bfloat(const struct tile *t, enum kind kind, int rows, int panels) {
     const int64_t group_size = group_bytes(kind), panel_size = t->groups * group_size;
@@ -166,7 +166,7 @@ DEFINE_FLOAT(tile_bf16, KIND_BF16)
 DEFINE_FLOAT(tile_f16, KIND_F16)
 DEFINE_FLOAT(tile_int8, KIND_INT8)
 DEFINE_FLOAT(tile_int4, KIND_INT4)
-#if defined(__AVX512BF16__)
+#if defined(HAS_PAIRS)
 DEFINE_BFLOAT(tile_bf16_pairs, KIND_BF16)
 DEFINE_BFLOAT(tile_int4_pairs, KIND_INT4)
 #endif
@@ -175,7 +175,7 @@ typedef void (*tile_function)(const struct tile *t, int rows, int panels);
 
 /* Whether rows of a dtype are multiplied as pairs of bfloat16; otherwise they are made float32. */
 INLINE int takes_pairs(enum kind kind, int dtype) {
-#if defined(__AVX512BF16__)
+#if defined(HAS_PAIRS)
     return dtype == DTYPE_BF16 && (kind == KIND_BF16 || kind == KIND_INT4);
 #else
     (void)kind, (void)dtype;
@@ -184,7 +184,7 @@ INLINE int takes_pairs(enum kind kind, int dtype) {
 }
 
 static tile_function tile_of(enum kind kind, int pairs) {
-#if defined(__AVX512BF16__)
+#if defined(HAS_PAIRS)
     if (pairs) return kind == KIND_INT4 ? tile_int4_pairs : tile_bf16_pairs;
 #else
     (void)pairs;

@@ -6,6 +6,7 @@ from collections.abc import Callable
 import pytest
 
 from coordinator.fanout import Fanout
+from coordinator.rounds import Round
 from protos import rpc
 from protos.errors import MeshError, OutOfMemory, PlanMismatch, PositionMismatch, StaleEpoch, WorkerLost, WrongResult
 from protos.shardworker_pb2 import Attend, ExecuteRequest, ExecuteResponse, Fault, Opened
@@ -140,6 +141,55 @@ async def test_deadline_names_the_worker_that_takes_nothing(monkeypatch: pytest.
     sessions[2].write_hangs = True
     with pytest.raises(WorkerLost, match="worker host-2:1 did not answer"):
         await fanout_of(*sessions).round(attend(), "partial", 1)
+
+
+async def test_each_answer_is_taken_before_the_next_one_is_awaited() -> None:
+    log: list[str] = []
+    taken: list[list[int]] = []
+
+    def take(reply: ExecuteResponse) -> None:
+        log.append("take")
+        taken.append(list(reply.partial.shape))
+
+    await fanout_of(FakeSession(0, log)).round(attend(), "partial", 1, take)
+    assert log == ["write 0", "read 0", "take"]
+    sessions = [FakeSession(shard, log) for shard in range(3)]
+    log.clear()
+    taken.clear()
+    await fanout_of(*sessions).round(attend(), "partial", 1, take)
+    assert taken == [[1], [2], [3]]
+    assert log[:5] == ["write 0", "write 1", "write 2", "read 0", "take"]
+
+
+async def test_what_is_no_message_is_a_wrong_result() -> None:
+    class Babbling(FakeSession):
+        async def read(self) -> bytes:
+            return b"\xff\xff\xff"
+
+    with pytest.raises(WrongResult, match="worker host-1:1 answered what is no message"):
+        await fanout_of(FakeSession(0, []), Babbling(1, [])).round(attend(), "partial", 1)
+
+
+async def test_a_failed_round_leaves_no_task_behind(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(rpc, "round_deadline_s", lambda num_rows: 0.01 * num_rows)
+    before = asyncio.all_tasks()
+    sessions = [FakeSession(shard, [], lambda *_: None) for shard in range(3)]
+    with pytest.raises(WorkerLost, match="host-0:1"):
+        await fanout_of(*sessions).round(attend(), "partial", 1)
+    await asyncio.sleep(0)
+    assert asyncio.all_tasks() == before
+
+
+async def test_observer_is_told_the_bytes_of_each_answer() -> None:
+    rounds: list[Round] = []
+    sessions = [FakeSession(shard, []) for shard in range(2)]
+    fanout = Fanout(sessions, DIGEST, 7, rounds.append)  # type: ignore[arg-type]
+    replies = await fanout.round(attend(), "partial", 5)
+    (found,) = rounds
+    assert (found.action, found.layer, found.step, found.num_rows) == ("attend", 0, 3, 5)
+    assert [answer.num_bytes for answer in found.answers] == [reply.ByteSize() for reply in replies]
+    assert found.request_bytes == sessions[0].requests[0].ByteSize()
+    assert found.started_ns < found.written_ns < found.answers[0].arrived_ns < found.answers[1].arrived_ns
 
 
 def test_close_ends_all_sessions() -> None:

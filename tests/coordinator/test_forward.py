@@ -1,5 +1,6 @@
 """The layer loop over a fan-out that does the whole model's math in two halves."""
 
+import dataclasses
 from collections.abc import Callable
 from typing import Any
 
@@ -210,3 +211,15 @@ async def test_nan_from_a_shard_ends_the_step() -> None:
 def test_fake_norm_is_torchs() -> None:
     rows, scale = weight(3, HIDDEN), weight(HIDDEN)
     assert torch.allclose(FakeMesh._norm(rows, scale), functional.rms_norm(rows, (HIDDEN,), scale, 1e-5), atol=1e-6)
+
+
+@pytest.mark.parametrize("hidden", [8, 36, 144, 2048])
+def test_norm_of_a_row_does_not_depend_on_the_others(hidden: int) -> None:
+    spec = dataclasses.replace(spec_of(DenseSpec(4)), hidden=hidden)
+    mesh = FakeMesh(spec_of(DenseSpec(4)))
+    forward = Forward(spec, mesh.resident, mesh, DTYPE_F32)  # type: ignore[arg-type]
+    rows, scale = weight(40, hidden), weight(hidden)
+    together = forward._norm(rows, scale)
+    assert torch.allclose(together, functional.rms_norm(rows, (hidden,), scale, spec.norm_eps), atol=1e-5, rtol=1e-5)
+    for row in range(40):
+        assert torch.equal(forward._norm(rows[row : row + 1], scale)[0], together[row])

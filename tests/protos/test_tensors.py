@@ -9,7 +9,8 @@ from hypothesis import strategies as st
 
 from protos import tensor_pb2
 from protos.errors import InvalidArgument
-from protos.tensors import BLOCK, TORCH_DTYPES, decode, encode, num_bytes
+from protos.shardworker_pb2 import ExecuteRequest
+from protos.tensors import BLOCK, TORCH_DTYPES, all_finite, decode, encode, encode_into, num_bytes
 
 INT8 = tensor_pb2.DTYPE_INT8_BLOCK32
 ALL_DTYPES = [dtype for dtype in tensor_pb2.DType.values() if dtype != tensor_pb2.DTYPE_UNSPECIFIED]
@@ -94,6 +95,31 @@ def test_int8_blocks_of_one_row_do_not_disturb_each_other() -> None:
 def test_int8_shows_what_is_not_finite() -> None:
     for bad in (math.nan, math.inf):
         assert not decode(encode(torch.tensor([[1.0, bad]]), INT8)).isfinite().all()
+
+
+def test_int8_blocks_of_the_smallest_numbers_are_zero_and_never_wrap() -> None:
+    for smallest in (2.0**-149, 2.0**-140, 2.0**-133, 2.0**-127):
+        tensor = torch.full((1, 32), smallest)
+        assert (decode(encode(tensor, INT8)) - tensor).abs().max() <= smallest
+    largest = torch.full((1, 32), 3.4e38)
+    assert torch.allclose(decode(encode(largest, INT8)), largest, rtol=5e-3)
+
+
+def test_encoding_into_a_field_is_encoding() -> None:
+    for dtype in ALL_DTYPES:
+        tensor = torch.arange(66).view(2, 33)
+        message = ExecuteRequest()
+        encode_into(message.attend.hidden, tensor, dtype)
+        assert message.attend.hidden == encode(tensor, dtype)
+        assert message.WhichOneof("action") == "attend"
+
+
+def test_all_finite_is_not_misled_by_sums() -> None:
+    assert all_finite(torch.full((4,), 3e38))
+    assert all_finite(torch.zeros(0))
+    for bad in (math.nan, math.inf, -math.inf):
+        assert not all_finite(torch.tensor([1.0, bad, 3.0]))
+    assert not all_finite(torch.tensor([math.inf, -math.inf]))
 
 
 HOSTILE = {

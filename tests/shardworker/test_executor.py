@@ -45,3 +45,29 @@ async def test_a_cancelled_wait_does_not_stop_the_job(executor: Any) -> None:
     gate.set()
     await executor.submit(lambda: None)
     assert done == [1]
+
+
+async def test_a_short_job_runs_here_if_the_device_is_idle(executor: Any) -> None:
+    assert not torch.is_inference_mode_enabled()
+    result, queue_ns, compute_ns = await executor.run_short(lambda: (threading.get_ident(), torch.is_inference_mode_enabled()))
+    assert result == (threading.get_ident(), True)
+    assert queue_ns > 0 < compute_ns
+    assert not torch.is_inference_mode_enabled()
+
+
+async def test_a_short_job_waits_for_those_before_it(executor: Any) -> None:
+    gate, seen = threading.Event(), []
+    first = executor.submit(lambda: (gate.wait(), seen.append("long")))
+    second = asyncio.ensure_future(executor.run_short(lambda: seen.append("short")))
+    # The event loop is not held up by what the device does.
+    await asyncio.sleep(0.01)
+    assert seen == []
+    gate.set()
+    await asyncio.gather(first, second)
+    assert seen == ["long", "short"]
+
+
+async def test_an_error_of_a_short_job_reaches_its_caller(executor: Any) -> None:
+    with pytest.raises(ZeroDivisionError):
+        await executor.run_short(lambda: 1 // 0)
+    assert (await executor.run_short(lambda: 7)).result == 7

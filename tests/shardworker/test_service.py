@@ -12,7 +12,7 @@ import torch
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection_pb2, reflection_pb2_grpc
 
-from protos import plan_pb2, shardworker_pb2
+from protos import plan_pb2, shardworker_pb2, tensor_pb2
 from protos.digest import mesh_digest, shard_digest
 from protos.errors import error_reason
 from protos.rpc import PROTOCOL_VERSION
@@ -428,3 +428,19 @@ async def test_bytes_that_are_no_message_end_the_stream_with_a_status(client: An
     with pytest.raises(grpc.aio.AioRpcError) as raised:
         await call.read()
     assert (raised.value.code(), error_reason(raised.value)) == (grpc.StatusCode.INVALID_ARGUMENT, "INVALID_ARGUMENT")
+
+
+def test_rounds_of_few_rows_are_short() -> None:
+    def of(rows: int) -> tensor_pb2.Tensor:
+        return tensor_pb2.Tensor(shape=[rows, 64])
+
+    few, many = service.SHORT_ROWS, service.SHORT_ROWS + 1
+    for field in ("hidden", "squares"):
+        assert service._is_short(shardworker_pb2.ExecuteRequest(attend=shardworker_pb2.Attend(**{field: of(few)})))
+        assert not service._is_short(shardworker_pb2.ExecuteRequest(attend=shardworker_pb2.Attend(**{field: of(many)})))
+    for action in ("project", "feed_forward", "head"):
+        request = shardworker_pb2.ExecuteRequest()
+        getattr(request, action).hidden.CopyFrom(of(many))
+        assert not service._is_short(request)
+    # Refused at once, whatever it is.
+    assert service._is_short(shardworker_pb2.ExecuteRequest())

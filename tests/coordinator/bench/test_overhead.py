@@ -66,6 +66,17 @@ def test_overheads_are_compared_by_action_and_in_all() -> None:
     }
 
 
+def test_without_an_echo_there_is_no_ratio() -> None:
+    everything, pairs = compare_overheads({"attend": [200, 300, 400], "head": [100]}, {})
+    assert everything == OverheadComparison(Spread(100, 250, 400), None)
+    assert list(pairs) == ["attend", "head"]
+    assert pairs["attend"].as_dict() == {
+        "overhead_us": {"min": 200, "median": 300, "max": 400},
+        "echo_overhead_us": None,
+        "ratio": None,
+    }
+
+
 async def test_echo_servers_answer_all_rounds_of_whole_tokens(folder: Path) -> None:
     orders = token_orders(make_steps([1, 1]))
     async with echo_servers(folder, 2) as echo:

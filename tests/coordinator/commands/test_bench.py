@@ -79,6 +79,59 @@ def test_a_benchmark_of_random_weights_needs_only_a_config(config_alone: Path, t
     assert found["preemptions"] == 0
 
 
+def test_given_workers_are_measured_without_an_echo_and_stay(config_alone: Path, temporary: Path) -> None:
+    sockets = [temporary / f"{name}.sock" for name in ("a", "b")]
+    serve = (
+        sys.executable,
+        "-m",
+        "shardworker",
+        "serve",
+        "--threads",
+        "1",
+        "--device",
+        "cpu",
+        "--log-level",
+        "error",
+        "--listen",
+    )
+    workers = [subprocess.Popen([*serve, f"unix:{socket}"], stdout=subprocess.PIPE, text=True) for socket in sockets]
+    try:
+        for worker in workers:
+            assert worker.stdout
+            assert worker.stdout.readline().startswith("listening on ")
+        mesh = ("--model", config_alone, "--load-format", "random", "--workers", ",".join(f"unix:{socket}" for socket in sockets))
+        work = ("--prompt-tokens", 5, "--new-tokens", 3, "--repeats", 1, "--json")
+        code, output, errors = finish(start(temporary, "bench", *mesh, *work))
+        assert (code, errors) == (0, "")
+        found: dict[str, Any] = json.loads(output)
+        assert (found["shards"], found["threads"], found["roofline"]) == (2, 1, None)
+        assert found["round"]["overhead_us"]["median"] > 0
+        assert (found["round"]["echo_overhead_us"], found["round"]["ratio"]) == (None, None)
+        assert all(worker.poll() is None for worker in workers)
+    finally:
+        for worker in workers:
+            worker.terminate()
+            worker.communicate(timeout=DEADLINE_S)
+
+
+@pytest.mark.parametrize(
+    ("flags", "text"),
+    [
+        (("--workers", "h:1", "--insecure", "--shards", "1"), "--shards cannot be chosen with --workers"),
+        (("--workers", "h:1", "--insecure", "--threads", "1", "--device", "cpu"), "--threads, --device cannot be chosen"),
+        (("--workers", "h:1"), "say --insecure"),
+        (("--workers", "h:1,h:1", "--insecure"), "addresses, each once"),
+        (("--workers", " , "), "addresses, each once"),
+        (("--workers", "h", "--insecure"), "neither HOST:PORT"),
+    ],
+)
+def test_given_workers_are_what_they_are(flags: tuple[str, ...], text: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(bench_module, "run", lambda _: pytest.fail("it went on to run"))
+    result = CliRunner().invoke(bench, ["--model", "m", *flags])
+    assert isinstance(result.exception, InvalidArgument)
+    assert text in str(result.exception)
+
+
 def test_a_profile_is_a_trace(config_alone: Path, temporary: Path, tmp_path: Path) -> None:
     path = tmp_path / "trace.json"
     mesh = ("--model", config_alone, "--load-format", "random", "--threads", 1, "--device", "cpu")

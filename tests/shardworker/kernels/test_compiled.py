@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import gc
+import os
+import signal
 from collections.abc import Sequence
 
 import pytest
@@ -149,7 +152,7 @@ def spans(*parts: tuple[int, int, Sequence[int]]) -> list[Span]:
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize(
     ("shape", "normed", "clip"),
-    [((9, 3, 64, 64), True, 0.0), ((4, 4, 80, 40), False, 0.3), ((8, 1, 128, 128), True, 0.0), ((3, 2, 20, 0), True, 0.0)],
+    [((9, 3, 64, 64), True, 0.0), ((4, 4, 80, 40), False, 0.3), ((8, 1, 128, 128), True, 0.0), ((3, 2, 18, 0), True, 0.0)],
 )
 def test_attention_is_right_and_independent_of_chunks(
     compiled: CompiledKernels, shape: tuple[int, int, int, int], dtype: torch.dtype, clip: float, *, normed: bool
@@ -183,6 +186,17 @@ def test_sequences_of_one_step_do_not_see_each_other(compiled: CompiledKernels) 
     assert torch.equal(together, torch.cat((first, second)))
 
 
+@pytest.mark.parametrize("position", [3, 512])
+@pytest.mark.parametrize("clip", [0.0, 0.5])
+def test_attention_never_hides_a_nan(compiled: CompiledKernels, clip: float, position: int) -> None:
+    spec = heads((2, 1, 32, 32), clip, torch.float32)
+    qkv = torch.randn(513, 4, 32)
+    qkv[position, 2, 7] = float("nan")  # of its key; 512 begins a stretch
+    found = compiled.begin(spec, spans((0, 513, range(129))), 4)(qkv, None, None, *pools(spec, 516, 0))
+    assert not found[:position].isnan().any()
+    assert found[position:].isnan().all()
+
+
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize(("quantization", "bits"), [(QUANTIZATION_INT8, INT8_BITS), (QUANTIZATION_INT4, INT4_BITS)])
 def test_compiled_quantization_has_the_bits_of_torchs(quantization: Quantization, bits: int, dtype: torch.dtype) -> None:
@@ -199,6 +213,39 @@ def test_compiled_quantization_has_the_bits_of_torchs(quantization: Quantization
     weight.store(0, matrix[:10])
     weight.store(10, matrix[10:])
     assert torch.equal(weight.matmul(torch.eye(520)).T, kept.dequantize(slice(None)))
+
+
+@pytest.mark.parametrize("quantization", QUANTIZATIONS)
+@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+def test_a_weight_that_is_no_number_spoils_its_output(bad: float, quantization: Quantization) -> None:
+    matrix = torch.randn(40, 96)
+    matrix[7, 45] = bad
+    found = filled(CompiledKernels(1), matrix, quantization, torch.float32).matmul(torch.ones(2, 96))
+    assert torch.equal(found.isfinite(), (torch.arange(40) != 7).expand(2, 40))
+
+
+def test_blocks_that_do_not_fit_a_weight_are_refused(compiled: CompiledKernels) -> None:
+    weight = compiled.empty_weight((2, 3, 40), QUANTIZATION_INT8, torch.float32, CPU)
+    for row, shape in ((0, (1, 39)), (5, (2, 40)), (-1, (1, 40))):
+        with pytest.raises(ValueError, match=r"wanted \[n, 40\] within 6 rows"):
+            weight.store(row, torch.zeros(shape))
+    with pytest.raises(ValueError, match=r"wanted \[rows, 40\], found \[2, 64\]"):
+        weight.expert(0).matmul(torch.zeros(2, 64))
+
+
+@pytest.mark.filterwarnings("ignore:.*fork:DeprecationWarning")
+def test_a_forked_process_computes_and_lets_go_of_the_pool() -> None:
+    kernels = CompiledKernels(2)
+    weight, x = filled(kernels, torch.randn(300, 64), QUANTIZATION_NONE, torch.float32), torch.randn(3, 64)
+    wanted = weight.matmul(x)
+    child = os.fork()
+    if child == 0:
+        signal.alarm(5)  # ends a child that waits for threads it does not have
+        is_right = torch.equal(weight.matmul(x), wanted)
+        del weight, kernels
+        gc.collect()
+        os._exit(0 if is_right else 1)
+    assert os.waitpid(child, 0)[1] == 0
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
