@@ -11,6 +11,7 @@ import time
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+from coordinator.microbatches import LIMIT
 from coordinator.request import FinishReason, check_against_model
 from coordinator.scheduler import Limits, Scheduler, Step
 from coordinator.sequence import Sequence, SequenceId
@@ -159,7 +160,7 @@ class Engine:
             if step is None:
                 self._work.clear()
                 continue
-            number += 1
+            number += LIMIT
             for rows in step.rows:
                 self._completions[rows.sequence.id].start()
             hidden = await forward.run(step, number)

@@ -42,6 +42,8 @@ class Fanout:
         self.epoch = epoch
         self._sessions = tuple(sessions)
         self._round = 0
+        # Two rounds may be under way, of different steps.
+        self._sending, self._receiving = asyncio.Lock(), asyncio.Lock()
 
     @property
     def addresses(self) -> tuple[str, ...]:
@@ -79,10 +81,6 @@ class Fanout:
             MeshError: what a worker's fault says, or what `take` raises.
 
         """
-        started_ns = time.perf_counter_ns()
-        self._round += 1
-        request.plan_digest, request.epoch, request.round = self.plan_digest, self.epoch, self._round
-        data = request.SerializeToString()
         deadline_s = rpc.round_deadline_s(num_rows)
         replies: list[ExecuteResponse] = []
         answers: list[Answer] = []
@@ -90,18 +88,25 @@ class Fanout:
         try:
             async with asyncio.timeout(deadline_s):
                 with _Together() as together:
-                    for session, written in zip(self._sessions, together.start(self._writes(data)), strict=True):
-                        awaited = session.address
-                        await written
-                    written_ns = time.perf_counter_ns()
-                    for session, read in zip(self._sessions, together.start(self._reads()), strict=True):
-                        awaited = session.address
-                        answer = await read
-                        reply = self._parsed(len(replies), answer, request, result)
-                        answers.append(Answer(reply.compute_ns, reply.queue_ns, time.perf_counter_ns(), len(answer)))
-                        replies.append(reply)
-                        if take:
-                            take(reply)
+                    async with self._sending:
+                        started_ns = time.perf_counter_ns()
+                        self._round += 1
+                        request.plan_digest, request.epoch, request.round = self.plan_digest, self.epoch, self._round
+                        data = request.SerializeToString()
+                        for session, written in zip(self._sessions, together.start(self._writes(data)), strict=True):
+                            awaited = session.address
+                            await written
+                        written_ns = time.perf_counter_ns()
+                    # Nothing waits between the locks, and both are fair: rounds are read in the order in which they were sent.
+                    async with self._receiving:
+                        for session, read in zip(self._sessions, together.start(self._reads()), strict=True):
+                            awaited = session.address
+                            answer = await read
+                            reply = self._parsed(len(replies), answer, request, result)
+                            answers.append(Answer(reply.compute_ns, reply.queue_ns, time.perf_counter_ns(), len(answer)))
+                            replies.append(reply)
+                            if take:
+                                take(reply)
         except TimeoutError:
             raise WorkerLost(f"worker {awaited} did not answer within {deadline_s:g} s") from None
         if self._observer:
@@ -155,7 +160,7 @@ class _Together:
         return [first, *tasks]
 
     def __enter__(self) -> Self:
-        """Use as a context at whose end nothing runs any more."""
+        """Use as a context at whose end whatever still runs is cancelled."""
         return self
 
     def __exit__(self, *_: object) -> None:

@@ -11,15 +11,18 @@ The residual stream stays here in float32; what crosses the wire is normed rows 
 
 from __future__ import annotations
 
+import asyncio
 from typing import TYPE_CHECKING, Literal
 
 import numpy as np
 import torch
 
+from coordinator.microbatches import microbatches
 from coordinator.models.spec import MoeSpec
 from coordinator.reduce import PartialSum
 from coordinator.router import gate_logits, route
 from protos import shardworker_pb2, tensor_pb2
+from protos.errors import MeshError
 from protos.plan_pb2 import QK_NORM_FULL
 from protos.shardworker_pb2 import ExecuteRequest
 from protos.tensors import encode_into
@@ -46,7 +49,7 @@ class Forward:
 
         Args:
             step: the rows; their KV is written on the workers.
-            number: of the step, rising within the mesh's sessions.
+            number: of the step, rising by `microbatches.LIMIT` within the mesh's sessions.
 
         Returns:
             f32 [rows to sample from, hidden], normed for the head.
@@ -55,6 +58,17 @@ class Forward:
             MeshError: see `Fanout.round` and `PartialSum`.
 
         """
+        parts = microbatches(step)
+        if len(parts) == 1:
+            return await self._run(step, number)
+        try:
+            async with asyncio.TaskGroup() as group:
+                tasks = [group.create_task(self._run(part, number + i)) for i, part in enumerate(parts)]
+        except* MeshError as errors:
+            raise errors.exceptions[0] from None
+        return torch.cat([task.result() for task in tasks])
+
+    async def _run(self, step: Step, number: int) -> torch.Tensor:
         hidden = self._resident.embed(_token_ids(step))  # [rows, hidden]
         for index, layer in enumerate(self._resident.layers):
             request = ExecuteRequest(step=number, batch=_batch(step) if index == 0 else None)
@@ -113,7 +127,7 @@ class Forward:
         # By numpy, a quarter of torch's time for one row: on a core that slept while the workers computed, every operator
         # costs its way through a cold dispatcher.
         rows = hidden.numpy()
-        scale = 1 / np.sqrt(np.einsum("rh,rh->r", rows, rows) / np.float32(self._spec.hidden) + np.float32(self._spec.norm_eps))
+        scale = 1 / np.sqrt(np.add.reduce(rows * rows, axis=1) / np.float32(self._spec.hidden) + np.float32(self._spec.norm_eps))
         return torch.from_numpy(rows * scale[:, None] * weight.numpy())
 
 

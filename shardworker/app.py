@@ -75,7 +75,7 @@ async def start_worker(
     Args:
         listen: `HOST:PORT` (port 0: any free one) or `unix:PATH`.
         device: "auto", "cpu" or "cuda".
-        threads: of torch's arithmetic; by default torch's own choice.
+        threads: of the arithmetic; by default torch's own choice.
         insecure: whether TCP without TLS was asked for.
         kernels: the arithmetic; by default the fastest for the device.
 

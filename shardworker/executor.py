@@ -38,7 +38,7 @@ class Executor:
 
         Args:
             device: that the jobs use.
-            num_threads: of torch's arithmetic on the CPU; by default torch's own choice.
+            num_threads: of the arithmetic on the CPU; by default torch's own choice.
 
         """
         self.device = device
@@ -74,11 +74,9 @@ class Executor:
 
     async def run_short(self, job: Callable[[], T]) -> Timed[T]:
         """Run a job that may hold up the event loop, here if the device is idle, or else after the jobs given before."""
-        if self._num_given != self._num_done:
+        if self.device.type != "cpu" or self._num_given != self._num_done:
             return await self.submit(job)
         given = time.perf_counter_ns()
-        if self.device.type == "cuda":
-            torch.cuda.set_device(self.device)
         with torch.inference_mode():
             start = time.perf_counter_ns()
             result = job()

@@ -23,8 +23,8 @@ if TYPE_CHECKING:
 
 COORDINATOR_BYTES = 16
 
-SHORT_ROWS = 16
-"""So few rows take hardly longer than one: a round reads its weights once. Health checks and calls wait for them."""
+SHORT_NS = 10_000_000
+"""Health checks and other calls may wait this long for a round."""
 
 log = structlog.get_logger(__name__)
 
@@ -119,6 +119,7 @@ class ExecuteStream:
         self._owner = Owner(b"", 0)
         self._round = 0
         self._shard = 0
+        self._durations = Durations()
 
     async def answer(self, request: pb.ExecuteRequest) -> pb.ExecuteResponse:
         """Serve one request or say why not; never raises for what the request says."""
@@ -155,9 +156,10 @@ class ExecuteStream:
             raise StaleEpoch(f"the session is of epoch {owner.epoch}, the request of {request.epoch}: open another stream")
         if holding.is_over(owner):
             raise StaleEpoch(f"epoch {owner.epoch} is over: the coordinator opened newer sessions")
-        executor = holding.executor
-        run = executor.run_short if _is_short(request) else executor.submit
+        executor, durations = holding.executor, self._durations
+        run = executor.run_short if durations.are_short(request) else executor.submit
         response, queue_ns, compute_ns = await run(lambda: session.execute(request))
+        durations.note(request, compute_ns)
         response.queue_ns = queue_ns
         response.compute_ns = compute_ns
         return response
@@ -199,10 +201,27 @@ class ExecuteStream:
         return fault
 
 
-def _is_short(request: pb.ExecuteRequest) -> bool:
-    """Whether the round brings few rows; what it brings is checked later."""
+class Durations:
+    """How long rounds take, by their action: what is foretold to be short may hold up the event loop."""
+
+    def __init__(self) -> None:
+        # Of the last round of each action: rows, and nanoseconds.
+        self._last: dict[str | None, tuple[int, int]] = {}
+
+    def are_short(self, request: pb.ExecuteRequest) -> bool:
+        """Whether such a round is short even if its time grows with its rows; nobody knows of the first one."""
+        last_rows, last_ns = self._last.get(request.WhichOneof("action"), (1, SHORT_NS + 1))
+        return last_ns * max(1.0, _num_rows(request) / max(1, last_rows)) <= SHORT_NS
+
+    def note(self, request: pb.ExecuteRequest, compute_ns: int) -> None:
+        """Remember a round that was served."""
+        self._last[request.WhichOneof("action")] = (_num_rows(request), compute_ns)
+
+
+def _num_rows(request: pb.ExecuteRequest) -> int:
+    """Rows that a round says to bring; what it really brings is checked later."""
     action = getattr(request, request.WhichOneof("action") or "", None)
     if action is None:
-        return True
+        return 0
     shape = action.hidden.shape or getattr(action, "squares", action.hidden).shape
-    return not shape or shape[0] <= SHORT_ROWS
+    return shape[0] if shape else 0

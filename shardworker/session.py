@@ -1,8 +1,8 @@
 """One coordinator's rounds: their order, what each may bring, and the arithmetic that answers it.
 
 A round that is refused has changed nothing. Only attention has a state: a step is open from its first round until its last
-layer attended. At most two are open, so that a coordinator may overlap them; a third ends the older one. Everything here
-runs in the device's thread.
+layer attended. At most two are open, so that a coordinator may overlap them; a third ends the older one. One job of the
+device runs at a time (`shardworker.executor`).
 """
 
 from __future__ import annotations

@@ -21,6 +21,7 @@ COORDINATOR_FLOORS = (
     "rounds config request pages scores reduce client embedded text models gguf_import workers.client commands.running",
     "sequence sampler router resident fanout planning commands.options commands.console",
     "scheduler head served_model workers.pool",
+    "microbatches",
     "forward progress intake",
     "engine",
     "supervisor status",

@@ -100,6 +100,9 @@ def decode_window(rounds: Iterable[Round], streams: int) -> DecodeWindow | None:
     first = next((index for index, number in enumerate(numbers) if sampled[number] == streams), len(numbers))
     decoding: list[int] = []
     for number in numbers[first + 1 :]:
+        if not sampled[number] and not decoding:
+            # The other half of that step (`coordinator.microbatches`): the head was asked once for both.
+            continue
         if sampled[number] != streams:
             break
         decoding.append(number)

@@ -8,9 +8,12 @@ from typing import TYPE_CHECKING
 import structlog
 import torch
 
+from protos.errors import InvalidArgument
 from shardworker.kernels.plain import PlainKernels
 
 if TYPE_CHECKING:
+    from types import ModuleType
+
     from shardworker.kernels.interface import Kernels
 
 log = structlog.get_logger(__name__)
@@ -26,6 +29,9 @@ def choose_kernels(device: torch.device, num_threads: int) -> Kernels:
         device: that computes.
         num_threads: that compute, on the CPU.
 
+    Raises:
+        InvalidArgument: the system does not give that many threads.
+
     """
     if device.type == "cpu":
         try:
@@ -33,8 +39,7 @@ def choose_kernels(device: torch.device, num_threads: int) -> Kernels:
         except ImportError as error:
             log.warning("no compiled kernels: install with a C compiler for speed", error=str(error))
         else:
-            kernels: Kernels = compiled.CompiledKernels(num_threads)
-            return kernels
+            return _compiled_kernels(compiled, num_threads)
     if device.type == "cuda" and (capability := torch.cuda.get_device_capability(device)) < LEAST_CAPABILITY:
         log.warning("no Triton kernels: the GPU is too old", capability=capability, wanted=LEAST_CAPABILITY)
     elif device.type == "cuda":
@@ -46,3 +51,11 @@ def choose_kernels(device: torch.device, num_threads: int) -> Kernels:
             on_gpu: Kernels = triton.CudaKernels(device)
             return on_gpu
     return PlainKernels(device)
+
+
+def _compiled_kernels(compiled: ModuleType, num_threads: int) -> Kernels:
+    try:
+        kernels: Kernels = compiled.CompiledKernels(num_threads)
+    except OSError as error:
+        raise InvalidArgument(f"{error}: ask for fewer with --threads, or raise the system's limit") from error
+    return kernels

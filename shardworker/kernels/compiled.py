@@ -123,8 +123,6 @@ class PackedWeight:
 class CompiledKernels:
     """Kernels of one instruction set, and the threads that compute."""
 
-    is_batch_invariant = True
-
     def __init__(self, num_threads: int, variant: str = VARIANTS[0]) -> None:
         """Start the threads.
 

@@ -1,7 +1,4 @@
-"""What a device must be able to compute: one Protocol, so that torch operators, compiled code and CUDA kernels can take turns.
-
-Results of a row never depend on the other rows where a kernel says `is_batch_invariant`.
-"""
+"""What a device must be able to compute: one Protocol, so that torch operators, compiled code and CUDA kernels can take turns."""
 
 from __future__ import annotations
 
@@ -128,10 +125,6 @@ class Kernels(Protocol):
     @property
     def device(self) -> torch.device:
         """Where it computes."""
-
-    @property
-    def is_batch_invariant(self) -> bool:
-        """Whether a row's results have the same bits whatever rows are computed beside it."""
 
     def wake(self) -> None:
         """Work comes: threads may stay awake for it until `rest`."""

@@ -28,7 +28,6 @@ class PlainKernels:
     """Torch operators; products of several rows may round otherwise than those of one."""
 
     name = "torch"
-    is_batch_invariant = False
 
     def __init__(self, device: torch.device) -> None:
         self.device = device

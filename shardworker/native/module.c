@@ -4,7 +4,6 @@
 #include <stdlib.h>
 #include <sys/mman.h>
 
-#include "bandwidth.h"
 #include "operations.h"
 #include "pool.h"
 #include "store.h"
@@ -23,7 +22,7 @@ static void find_variants(void) {
 #endif
         variants[num_variants++] = &avx512_operations;
     }
-    if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma")) variants[num_variants++] = &avx2_operations;
+    if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c")) variants[num_variants++] = &avx2_operations;
 #endif
     variants[num_variants++] = &portable_operations;
 }
@@ -184,20 +183,6 @@ static PyObject *use_huge_pages(PyObject *module, PyObject *const *arguments, Py
     Py_RETURN_NONE;
 }
 
-static PyObject *measure_bandwidth(PyObject *module, PyObject *arguments) {
-    int num_threads;
-    double seconds, rate;
-    long long num_bytes;
-    (void)module;
-    if (!PyArg_ParseTuple(arguments, "idL", &num_threads, &seconds, &num_bytes)) return NULL;
-    if (num_threads < 1 || num_bytes < 1 << 20) return PyErr_Format(PyExc_ValueError, "wanted a thread and 1 MiB, found %d and %lld bytes", num_threads, num_bytes);
-    Py_BEGIN_ALLOW_THREADS
-    rate = read_bandwidth(num_threads, seconds, num_bytes);
-    Py_END_ALLOW_THREADS
-    if (rate < 0) return PyErr_NoMemory();
-    return PyFloat_FromDouble(rate);
-}
-
 static PyObject *list_variants(PyObject *module, PyObject *unused) {
     PyObject *names = PyTuple_New(num_variants);
     (void)module, (void)unused;
@@ -223,7 +208,6 @@ static PyMethodDef methods[] = {
     {"attention", FAST(attention), "pool, variant, and the fields of attention_job"},
     {"store", FAST(store), "pool, and the fields of storing"},
     {"use_huge_pages", FAST(use_huge_pages), "address, bytes"},
-    {"measure_bandwidth", measure_bandwidth, METH_VARARGS, "num_threads, seconds, num_bytes -> bytes per second"},
     {NULL, NULL, 0, NULL},
 };
 

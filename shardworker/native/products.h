@@ -60,7 +60,6 @@ struct linear_phase {
     const char *x; /* laid out */
     int64_t x_stride, item, task_panels;
     int pairs;
-    int failed;
 };
 
 static void linear_task(void *argument, int64_t task, int thread) {
@@ -113,7 +112,6 @@ static int linear(struct pool *pool, const struct linear_job *job) {
 /* Rows sorted by expert; one pseudo expert with all rows where there are no experts. */
 struct feed_forward_phase {
     const struct feed_forward_job *job;
-    int64_t slots;    /* (row, expert) pairs */
     int64_t columns;  /* of the gate */
     int64_t num_active;
     int32_t *active;  /* experts that have rows, ascending */
@@ -130,8 +128,7 @@ struct feed_forward_phase {
     int64_t scratch_floats;
 };
 
-INLINE void store_rounded(char *target, enum dtype dtype, int pairs, int64_t i, vf v) {
-    (void)dtype;
+INLINE void store_rounded(char *target, int pairs, int64_t i, vf v) {
     if (pairs) store_bfloat((uint16_t *)target + i, v);
     else vf_store((float *)target + i, v);
 }
@@ -157,7 +154,7 @@ INLINE void combine(struct feed_forward_phase *phase, int64_t slot, int64_t firs
             for (int64_t i = columns - c; i < LANES; i++) part[i] = 0;
             result = vf_load(part);
         }
-        store_rounded(h, phase->job->dtype, phase->h_pairs, first + c, result);
+        store_rounded(h, phase->h_pairs, first + c, result);
     }
 }
 
@@ -255,7 +252,7 @@ static int feed_forward(struct pool *pool, const struct feed_forward_job *job) {
     const int64_t whole_x = padded(job->gate_up.inputs), whole_h = padded(columns), experts = job->k ? job->num_experts : 1;
     const int many = slots > FEW_ROWS * experts || job->rows > FEW_ROWS * 4;
     struct feed_forward_phase phase = {
-        .job = job, .slots = slots, .columns = columns, .x_stride = whole_x, .h_stride = whole_h,
+        .job = job, .columns = columns, .x_stride = whole_x, .h_stride = whole_h,
         .x_pairs = takes_pairs(job->gate_up.kind, job->dtype), .h_pairs = takes_pairs(job->down.kind, job->dtype),
         .task_columns = (many && job->k ? WIDE_PANELS : TASK_PANELS) * PANEL,
         .task_panels = many ? WIDE_PANELS / 2 : TASK_PANELS / 2,

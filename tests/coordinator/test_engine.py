@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from coordinator.engine import Completion, Engine
+from coordinator.microbatches import LIMIT
 from coordinator.request import FinishReason, Request
 from coordinator.sampler import Choice
 from coordinator.scheduler import Limits, Step
@@ -132,7 +133,7 @@ async def test_cancel_in_flight_frees_everything_before_the_next_step() -> None:
 async def test_failed_step_draws_nothing_and_the_replay_goes_on_with_the_same_tokens() -> None:
     def break_sometimes(number: int, step: Step) -> None:
         del step
-        if number == 4:
+        if number == 4 * LIMIT:
             raise WorkerLost("worker 1 died")
 
     engine = engine_of(Limits(num_pages=12, page_tokens=4, max_rows=8))
@@ -152,7 +153,7 @@ async def test_failed_step_draws_nothing_and_the_replay_goes_on_with_the_same_to
                 assert engine.scheduler.pool.num_used == 0
             else:
                 await asyncio.wait(collecting)
-        assert model.numbers == list(range(1, len(model.numbers) + 1))
+        assert model.numbers == list(range(LIMIT, LIMIT * len(model.numbers) + 1, LIMIT))
     assert failures > 2
     assert [task.result() for task in collecting] == [expected(prompt, 12) for prompt in prompts]
     assert engine.statistics.completion_tokens == 36

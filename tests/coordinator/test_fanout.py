@@ -1,6 +1,7 @@
 """One round to all shards, with sessions that do as they are told."""
 
 import asyncio
+from collections import deque
 from collections.abc import Callable
 
 import pytest
@@ -67,6 +68,29 @@ async def test_round_writes_to_all_before_reading_from_any_and_reads_in_shard_or
     replies = await fanout_of(*(FakeSession(shard, log) for shard in range(3))).round(attend(), "partial", 1)
     assert log == ["write 0", "write 1", "write 2", "read 0", "read 1", "read 2"]
     assert [list(reply.partial.shape) for reply in replies] == [[1], [2], [3]]
+
+
+async def test_two_rounds_under_way_are_read_in_the_order_in_which_they_were_sent() -> None:
+    log: list[str] = []
+    gate = asyncio.Event()
+    waiting: deque[ExecuteRequest] = deque()
+
+    class Slow(FakeSession):
+        async def write(self, request: bytes) -> None:
+            await super().write(request)
+            waiting.append(self.requests[-1])
+
+        async def read(self) -> bytes:
+            await gate.wait()
+            return echo(waiting.popleft(), 0).SerializeToString()
+
+    fanout = fanout_of(Slow(0, log))
+    rounds = [asyncio.create_task(fanout.round(attend(step), "partial", 1)) for step in (4, 5)]
+    await asyncio.sleep(0)
+    await asyncio.sleep(0)
+    assert [request.step for request in waiting] == [4, 5], "the second is sent before the first is answered"
+    gate.set()
+    assert [reply.step for one in rounds for reply in await one] == [4, 5]
 
 
 async def test_round_is_fenced_and_counted_from_open_on() -> None:

@@ -223,3 +223,14 @@ def test_norm_of_a_row_does_not_depend_on_the_others(hidden: int) -> None:
     assert torch.allclose(together, functional.rms_norm(rows, (hidden,), scale, spec.norm_eps), atol=1e-5, rtol=1e-5)
     for row in range(40):
         assert torch.equal(forward._norm(rows[row : row + 1], scale)[0], together[row])
+
+
+@pytest.mark.parametrize("hidden", [64, 2048, 8448, 12288, 20000])
+def test_a_normed_row_has_the_same_bits_whatever_stands_beside_it(hidden: int) -> None:
+    spec = dataclasses.replace(spec_of(DenseSpec(4)), hidden=hidden)
+    forward = Forward(spec, None, None, DTYPE_F32)  # type: ignore[arg-type]
+    rows, scale = torch.randn(33, hidden), torch.rand(hidden)
+    normed = forward._norm(rows, scale)
+    torch.testing.assert_close(normed, functional.rms_norm(rows, (hidden,), scale, spec.norm_eps))
+    for row in range(33):
+        assert torch.equal(forward._norm(rows[row : row + 1], scale)[0], normed[row])

@@ -12,7 +12,7 @@ from transformers import PreTrainedModel
 
 from coordinator.models.config import read_config
 from coordinator.models.registry import describe
-from shardworker.kernels.compiled import CompiledKernels
+from shardworker.kernels.choose import choose_kernels
 from shardworker.kernels.interface import Kernels
 from shardworker.kernels.plain import PlainKernels
 from tests.mesh.conftest import MeshMaker
@@ -21,7 +21,7 @@ from tests.tiny import CASES, make_checkpoint, oracle
 SHARDS = (1, 2, 3, 4, 8)
 NEW_TOKENS = 48
 TOP = 20
-COMPILED, TORCH = CompiledKernels(1), PlainKernels(torch.device("cpu"))
+FASTEST, TORCH = choose_kernels(torch.device("cpu"), 1), PlainKernels(torch.device("cpu"))
 MARGIN = 1e-3
 """Between the best two logits of the oracle: far above float32 noise, or a difference would prove nothing."""
 
@@ -35,7 +35,7 @@ class Expected:
 
 
 def _name(value: object) -> str:
-    return value.name if isinstance(value, CompiledKernels | PlainKernels) else str(value)
+    return str(getattr(value, "name", value))
 
 
 def _expect(directory: Path) -> list[Expected]:
@@ -74,7 +74,7 @@ def case(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactor
     return directory, _expect(directory)
 
 
-@pytest.mark.parametrize(("shards", "kernels"), [*((shards, COMPILED) for shards in SHARDS), (2, TORCH)], ids=_name)
+@pytest.mark.parametrize(("shards", "kernels"), [*((shards, FASTEST) for shards in SHARDS), (2, TORCH)], ids=_name)
 async def test_tokens_and_logits_are_the_references(
     mesh: MeshMaker, case: tuple[Path, list[Expected]], shards: int, kernels: Kernels
 ) -> None:

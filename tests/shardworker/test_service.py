@@ -430,17 +430,21 @@ async def test_bytes_that_are_no_message_end_the_stream_with_a_status(client: An
     assert (raised.value.code(), error_reason(raised.value)) == (grpc.StatusCode.INVALID_ARGUMENT, "INVALID_ARGUMENT")
 
 
-def test_rounds_of_few_rows_are_short() -> None:
-    def of(rows: int) -> tensor_pb2.Tensor:
-        return tensor_pb2.Tensor(shape=[rows, 64])
+@pytest.mark.parametrize("field", ["hidden", "squares"])
+def test_a_round_is_short_if_the_last_one_of_its_action_was(field: str) -> None:
+    def attend(rows: int) -> shardworker_pb2.ExecuteRequest:
+        shape = tensor_pb2.Tensor(shape=[rows, 64])
+        return shardworker_pb2.ExecuteRequest(attend=shardworker_pb2.Attend(**{field: shape}))
 
-    few, many = service.SHORT_ROWS, service.SHORT_ROWS + 1
-    for field in ("hidden", "squares"):
-        assert service._is_short(shardworker_pb2.ExecuteRequest(attend=shardworker_pb2.Attend(**{field: of(few)})))
-        assert not service._is_short(shardworker_pb2.ExecuteRequest(attend=shardworker_pb2.Attend(**{field: of(many)})))
-    for action in ("project", "feed_forward", "head"):
-        request = shardworker_pb2.ExecuteRequest()
-        getattr(request, action).hidden.CopyFrom(of(many))
-        assert not service._is_short(request)
-    # Refused at once, whatever it is.
-    assert service._is_short(shardworker_pb2.ExecuteRequest())
+    durations = service.Durations()
+    assert not durations.are_short(attend(1)), "nobody knows yet"
+    durations.note(attend(2), service.SHORT_NS // 4)
+    assert durations.are_short(attend(1))
+    assert durations.are_short(attend(8))
+    assert not durations.are_short(attend(9)), "time may grow with the rows"
+    durations.note(attend(512), 10 * service.SHORT_NS)
+    assert not durations.are_short(attend(1)), "it may be the context that takes long"
+    head = shardworker_pb2.ExecuteRequest(head=shardworker_pb2.Head(hidden=tensor_pb2.Tensor(shape=[1, 64])))
+    durations.note(attend(1), 1)
+    assert durations.are_short(attend(1))
+    assert not durations.are_short(head), "each action by itself"

@@ -34,7 +34,6 @@ class CudaKernels:
     """
 
     name = "triton"
-    is_batch_invariant = False
 
     def __init__(self, device: torch.device, recorder: Recorder | None = None) -> None:
         """Launch nothing yet.

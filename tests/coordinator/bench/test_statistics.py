@@ -53,6 +53,13 @@ def test_a_step_in_two_halves_is_one_step() -> None:
     assert (window.num_steps, len(window.rounds)) == (2, 4)
 
 
+def test_the_second_half_of_a_prompts_step_is_no_decode_step() -> None:
+    rounds = [one for one in make_steps([70, 70, 4, 4], sampled=[4, 0, 4, 4]) if one.num_rows]
+    window = decode_window(rounds, 4)
+    assert window is not None
+    assert {one.step for one in window.rounds} == {3, 4}
+
+
 @pytest.mark.parametrize("sampled", [[1], [1, 1], [2], [0, 0, 0]])
 def test_no_window_where_never_all_decode(sampled: list[int]) -> None:
     assert decode_window(make_steps([1] * len(sampled), sampled=sampled), 2) is None

@@ -10,6 +10,8 @@ from collections.abc import Sequence
 import pytest
 import torch
 
+pytest.importorskip("shardworker.native._operations", reason="no compiled kernels: install with a C compiler")
+
 from protos.plan_pb2 import QUANTIZATION_INT4, QUANTIZATION_INT8, QUANTIZATION_NONE, Quantization
 from shardworker.kernels.compiled import VARIANTS, CompiledKernels
 from shardworker.kernels.interface import HeadSpec, Kernels, Span, Weight
