@@ -60,6 +60,8 @@ class System:
 @click.option("--output", type=click.Path(path_type=Path), default=Path("peers"), show_default=True, help="Without a suffix.")
 def main(**flags: Any) -> None:  # noqa: ANN401  # click's own dict of flags
     """Measure shardmesh and its peers on the geometry of MODEL."""
+    # As Ctrl-C does: the child ends, and the folder goes.
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
     check_llama_cpp(flags["python"])
     runs: dict[System, list[dict[str, Any]]] = defaultdict(list)
     with tempfile.TemporaryDirectory(prefix="shardmesh-peers-") as folder:
