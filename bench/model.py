@@ -16,7 +16,7 @@ from __future__ import annotations
 
 import math
 import statistics
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from coordinator.models.spec import MoeSpec
@@ -160,29 +160,25 @@ def step_s(work: Work, costs: Costs, network: Network) -> float:
 def calibrate(reports: Sequence[dict[str, Any]], meshes: Sequence[Mesh]) -> Costs:
     """Take the constants from what `coordctl bench --json` said.
 
-    What a byte costs comes from runs with --concurrency, as one stream's step beside that of many, but is no more than a prompt's
-    time leaves for its bytes; it is 0 without such a run. What a shard costs is the slope over meshes of unlike size (least
-    squares); it is 0 with one size. Rates are medians.
+    A byte costs what the rounds of a prompt took more than those of a token. A shard costs the slope over meshes of unlike size
+    (least squares), nothing with one size. The rates are what workers read for a token and multiplied for a prompt, medians.
 
     Args:
         reports: of one machine in one hour.
         meshes: the mesh of each.
 
     """
-    most_s = statistics.median(map(_most_byte_s, reports, meshes))
-    byte_s = max(0.0, min(most_s, statistics.median([_byte_s(report) for report in reports if report["concurrent"]] or [0.0])))
+    byte_s = max(0.0, statistics.median(map(_byte_s, reports)))
     beyond = [_round_s(report["per_token"]) - byte_s * _round_bytes(report["per_token"]) for report in reports]
     sizes = [float(report["shards"]) for report in reports]
     shard_s = max(0.0, statistics.linear_regression(sizes, beyond).slope) if len(set(sizes)) > 1 else 0.0
-    costs = Costs(
+    return Costs(
         round_s=statistics.fmean(beyond) - shard_s * statistics.fmean(sizes),
         shard_s=shard_s,
         byte_s=byte_s,
         bytes_per_s=statistics.median(map(_bytes_per_s, reports, meshes)),
-        operations_per_s=math.inf,
+        operations_per_s=statistics.median(map(_operations_per_s, reports, meshes)),
     )
-    arithmetic = statistics.median(_operations_per_s(report, mesh, costs) for report, mesh in zip(reports, meshes, strict=True))
-    return replace(costs, operations_per_s=arithmetic)
 
 
 def decode_work(mesh: Mesh, streams: int, prompt_tokens: int, new_tokens: int) -> Work:
@@ -199,19 +195,8 @@ def _round_bytes(cost: dict[str, float]) -> float:
 
 
 def _byte_s(report: dict[str, Any]) -> float:
-    one, many = report["per_token"], report["concurrent"]["per_step"]
-    return (_round_s(many) - _round_s(one)) / (_round_bytes(many) - _round_bytes(one))
-
-
-def _most_byte_s(report: dict[str, Any], mesh: Mesh) -> float:
-    """What a byte of a prompt cost if nothing was computed."""
-    work = mesh.prefill(report["prompt_tokens"])
-    rounds_s = sum(step.rounds for step in work) * _round_s(report["per_token"])
-    return (_prompt_s(report) - rounds_s) / sum(step.bytes for step in work)
-
-
-def _prompt_s(report: dict[str, Any]) -> float:
-    return float(report["prompt_tokens"] / report["prefill"]["tokens_per_s"]["median"])
+    token, prompt = report["per_token"], report["per_prompt"]
+    return (_round_s(prompt) - _round_s(token)) / (_round_bytes(prompt) - _round_bytes(token))
 
 
 def _bytes_per_s(report: dict[str, Any], mesh: Mesh) -> float:
@@ -219,13 +204,9 @@ def _bytes_per_s(report: dict[str, Any], mesh: Mesh) -> float:
     return work.read_bytes / float(report["per_token"]["compute_ms"]) * 1e3
 
 
-def _operations_per_s(report: dict[str, Any], mesh: Mesh, costs: Costs) -> float:
-    """Operations of a prompt by what its time leaves for them: infinite if nothing, and no fewer than decoding made."""
-    work = mesh.prefill(report["prompt_tokens"])
-    others = replace(costs, bytes_per_s=math.inf)
-    left_s = _prompt_s(report) - sum(step_s(step, others, Network()) for step in work)
-    if left_s <= 0:
-        return math.inf
+def _operations_per_s(report: dict[str, Any], mesh: Mesh) -> float:
+    """Operations of a prompt by the time of their arithmetic, reading included; no fewer than decoding made."""
     token = decode_work(mesh, 1, report["prompt_tokens"], report["new_tokens"])
-    least = token.operations / float(report["per_token"]["compute_ms"]) * 1e3
-    return max(sum(step.operations for step in work) / left_s, least)
+    prompt = sum(step.operations for step in mesh.prefill(report["prompt_tokens"]))
+    pairs = ((prompt, report["per_prompt"]), (token.operations, report["per_token"]))
+    return max(operations / float(cost["compute_ms"]) * 1e3 for operations, cost in pairs)

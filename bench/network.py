@@ -36,7 +36,6 @@ if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
 
 PORT = 7000
-BASELINE_TOKENS = 32
 START_S = 120.0
 STOP_S = 10.0
 RUN_S = 300.0
@@ -162,12 +161,8 @@ def run_case(network: Network, case: Case, flags: dict[str, Any]) -> Run:
     found = [_output(network, ["-c", _ROUND_TRIP, *address(1).split(":")], START_S) for _ in range(2)]
     command = ["-m", "coordinator", "bench", "--json", "--insecure", "--model", flags["model"], "--wire", case.wire]
     command += ["--workers", ",".join(address(node) for node in range(1, case.workers + 1)), "--kv-tokens", "4096"]
-    work = dict(flags)
-    if case == case.baseline:
-        # Several streams tell what a byte costs; shorter ones might end before all of them have begun.
-        work |= {"concurrency": 4, "new_tokens": max(flags["new_tokens"], BASELINE_TOKENS)}
-    for name in ("load_format", "quantize", "prompt_tokens", "new_tokens", "repeats", "concurrency"):
-        command += ["--" + name.replace("_", "-"), str(work[name])] if name in work else []
+    for name in ("load_format", "quantize", "prompt_tokens", "new_tokens", "repeats"):
+        command += ["--" + name.replace("_", "-"), str(flags[name])]
     return Run(case, float(found[1]), json.loads(_output(network, command, RUN_S)))
 
 

@@ -20,7 +20,15 @@ from coordinator.bench.mesh import RecordedMesh, recorded_mesh
 from coordinator.bench.overhead import compare_overheads, echo_servers, token_orders
 from coordinator.bench.report import Report, Streams, WorkerUse
 from coordinator.bench.roofline import Roofline, measure_memory, token_bytes
-from coordinator.bench.statistics import DecodeWindow, StepCost, decode_window, overheads_us, step_cost, worker_compute_s
+from coordinator.bench.statistics import (
+    DecodeWindow,
+    StepCost,
+    decode_window,
+    overheads_us,
+    prefill_window,
+    step_cost,
+    worker_compute_s,
+)
 from protos.errors import InvalidArgument
 
 if TYPE_CHECKING:
@@ -36,6 +44,8 @@ class Samples:
 
     loads: dict[int, list[Load]] = field(default_factory=lambda: defaultdict(list))
     windows: dict[int, list[DecodeWindow]] = field(default_factory=lambda: defaultdict(list))
+    prompts: list[StepCost] = field(default_factory=list)
+    """Of one stream's."""
     echo: dict[str, list[float]] = field(default_factory=lambda: defaultdict(list))
 
     def streams(self, count: int) -> Streams:
@@ -85,7 +95,9 @@ class Runner:
         """Do everything once."""
         for streams in sorted({1, self.work.concurrency}):
             self.on_progress(f"{title}: {streams} streams" if streams > 1 else f"{title}: one stream")
-            load, window = await self._run(streams)
+            load, window, prompt = await self._run(streams)
+            if streams == 1:
+                samples.prompts.append(step_cost(prompt))
             samples.loads[streams].append(load)
             samples.windows[streams].append(window)
         if self.echo is None:
@@ -103,17 +115,19 @@ class Runner:
         self.on_progress("reading memory")
         return await measure_memory(len(workers), workers[0].num_threads)
 
-    async def _run(self, streams: int) -> tuple[Load, DecodeWindow]:
+    async def _run(self, streams: int) -> tuple[Load, DecodeWindow, DecodeWindow]:
+        """Run so many streams; the load, and the steps of decoding and of prefill."""
         self.mesh.take_rounds()
         prompts = [self.prompts.draw(self.work.prompt_tokens) for _ in range(streams)]
         load = await run_load(self.mesh.client, prompts, self.work.new_tokens)
-        window = decode_window(self.mesh.take_rounds(), streams)
+        rounds = self.mesh.take_rounds()
+        window = decode_window(rounds, streams)
         if window is None:
             raise InvalidArgument(
                 f"--new-tokens {self.work.new_tokens}: at no step did all {streams} streams decode; ask for more of them, "
                 "for shorter prompts, or for a larger --kv-tokens"
             )
-        return load, window
+        return load, window, prefill_window(rounds, window)
 
 
 async def _report(
@@ -136,6 +150,7 @@ async def _report(
         load_s=mesh.load_s,
         work=work,
         single=samples.streams(1),
+        prompt=StepCost.median(samples.prompts),
         concurrent=samples.streams(work.concurrency) if work.concurrency > 1 else None,
         overhead=everything,
         overhead_by_action=by_action,

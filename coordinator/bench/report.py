@@ -72,6 +72,8 @@ class Report:
     load_s: float
     work: Workload
     single: Streams
+    prompt: StepCost
+    """Of one stream's whole prompt; medians over the repeats."""
     concurrent: Streams | None
     """None unless more than one stream was asked for."""
     overhead: OverheadComparison
@@ -108,6 +110,7 @@ class Report:
             "prefill": {"tokens_per_s": self.single.prefill.as_dict()},
             "decode": {"tokens_per_s": self.single.decode.as_dict()},
             "per_token": self.single.cost.as_dict(),
+            "per_prompt": self.prompt.as_dict(),
             "concurrent": self._concurrent_as_dict(),
             "round": {
                 **self.overhead.as_dict(),

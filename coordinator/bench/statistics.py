@@ -73,7 +73,7 @@ class DecodeWindow:
     """Consecutive steps in which every stream got one token; prefill is over before the first of them."""
 
     started_ns: int
-    """End of the last round before the first of the steps."""
+    """End of the last round before the first of the steps, or start of the first one."""
     num_steps: int
     rounds: tuple[Round, ...]
 
@@ -113,6 +113,19 @@ def decode_window(rounds: Iterable[Round], streams: int) -> DecodeWindow | None:
         num_steps=len(decoding),
         rounds=tuple(one for number in decoding for one in steps[number]),
     )
+
+
+def prefill_window(rounds: Sequence[Round], decoding: DecodeWindow) -> DecodeWindow:
+    """Take all rounds before the steps of `decoding` for one step: of one stream, its prompt.
+
+    Args:
+        rounds: of one repeat.
+        decoding: its decode steps.
+
+    """
+    steps = {one.step for one in decoding.rounds}
+    before = tuple(one for one in rounds if one.step < min(steps))
+    return DecodeWindow(min(one.started_ns for one in before), 1, before)
 
 
 def step_cost(window: DecodeWindow) -> StepCost:

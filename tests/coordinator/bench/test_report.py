@@ -41,6 +41,7 @@ def report() -> Report:
         load_s=1.5,
         work=Workload(10, 5, 4, 3),
         single=streams(1, 0.5, 0.25, 0.1),
+        prompt=COST,
         concurrent=streams(4, 0.5, 0.5, 1),
         overhead=overhead,
         overhead_by_action=by_action,
@@ -71,7 +72,7 @@ def test_object_has_the_keys_of_the_contract(report: Report) -> None:
     assert found["coordinator"] == {"peak_rss_bytes": 99}
     assert (found["dtype"], found["quantization"], found["wire"], found["load_format"]) == ("bf16", "int4", "bf16", "auto")
     assert (found["shards"], found["threads"], found["repeats"]) == (2, 2, 3)
-    assert found["per_token"]["compute_ms"] == 9
+    assert found["per_token"]["compute_ms"] == found["per_prompt"]["compute_ms"] == 9
 
 
 def test_object_says_what_many_streams_gain(report: Report) -> None:

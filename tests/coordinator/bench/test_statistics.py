@@ -10,6 +10,7 @@ from coordinator.bench.statistics import (
     covered_ns,
     decode_window,
     overheads_us,
+    prefill_window,
     step_cost,
     worker_compute_s,
 )
@@ -30,6 +31,17 @@ def test_window_of_one_stream_begins_after_the_step_of_its_first_token() -> None
     assert {one.step for one in window.rounds} == {3, 4, 5}
     assert window.started_ns == max(one.ended_ns for one in rounds if one.step == 2)
     assert window.ended_ns == max(one.ended_ns for one in rounds)
+
+
+def test_a_prompt_is_what_comes_before() -> None:
+    rounds = [one for one in make_steps([5, 5, 1, 1]) if (one.step, one.action) != (1, "head")]
+    window = decode_window(rounds, 1)
+    assert window is not None
+    prompt = prefill_window(rounds, window)
+    assert {one.step for one in prompt.rounds} == {1, 2}
+    cost = step_cost(prompt)
+    # From 0 to the end of the second step's head at 34 ms, in 5 rounds.
+    assert (cost.total_ms, cost.rounds, cost.compute_ms, cost.wire_ms, cost.coordinator_ms) == (34, 5, 15, 5, 14)
 
 
 @pytest.mark.parametrize("prompt_rows", [1, 2])

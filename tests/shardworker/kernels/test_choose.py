@@ -3,10 +3,12 @@ from __future__ import annotations
 import sys
 
 import pytest
+import structlog
 import torch
 from structlog.testing import capture_logs
 
 from protos.errors import InvalidArgument
+from shardworker.kernels import choose
 from shardworker.kernels.choose import choose_kernels
 from shardworker.kernels.plain import PlainKernels
 
@@ -22,6 +24,8 @@ def test_a_cpu_gets_compiled_kernels() -> None:
 
 def test_a_cpu_without_compiled_kernels_gets_torch_and_the_log_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "shardworker.kernels.compiled", None)
+    # The module's own logger may have been used, and so be set up for good.
+    monkeypatch.setattr(choose, "log", structlog.get_logger())
     with capture_logs() as lines:
         assert isinstance(choose_kernels(CPU, 1), PlainKernels)
     assert [line["event"] for line in lines] == ["no compiled kernels: install with a C compiler for speed"]
