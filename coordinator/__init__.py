@@ -10,7 +10,7 @@ text/               tokenizer, chat template, incremental detokenizing, stop tex
 request, sequence   what is asked for; the journal of one request
 scheduler, pages    which rows go into the next step; KV page accounting (pure)
 engine              the loop: schedule, forward, sample, emit
-forward             the layer loop, readable as the formula of the model
+forward             the layer loop, readable as the formula of the model (microbatches: when a step goes in two halves)
 resident, router    the small whole weights; the gate
 fanout, reduce      one round to all shards; the sum of their partials in shard order
 head, scores        the output head: candidates of all shards, merged

@@ -7,10 +7,11 @@ In the order of the data:
     holding           which plan and epoch the worker holds, and who may replace it
     plan              whether a plan agrees with itself
     weights, loader   what a plan asks to be kept in memory, and reading it (safetensors_file)
-    executor          the one thread that owns the device
+    executor          the owner of the device: one job at a time, in its thread or on the event loop
     session           the rounds of one coordinator (operands: what each brings; tables: positions and pages)
     shard, kv         the arithmetic of a round; keys and values
-    kernels           pure functions on tensors
+    kernels           what a device computes, behind one interface: torch's operators, compiled code, Triton
+    native            the compiled code
     bandwidth         the memory's rate, beside which their speed is judged
 
 Membership test: does it touch a slice? What is decided, or whole, belongs to the coordinator.

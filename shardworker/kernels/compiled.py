@@ -121,7 +121,7 @@ class PackedWeight:
 
 
 class CompiledKernels:
-    """Kernels of one instruction set, and the threads that compute."""
+    """Kernels of one instruction set, and the threads that compute; for one caller at a time, so for one worker."""
 
     def __init__(self, num_threads: int, variant: str = VARIANTS[0]) -> None:
         """Start the threads.
