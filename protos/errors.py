@@ -11,12 +11,16 @@
     +-- StepMismatch         rounds came out of order: begin the step anew
     +-- OutOfMemory          weights or KV do not fit: less of either, or more workers
     +-- QueueFull            too many requests wait: retry later
+    +-- TooManyCalls         an API key has as many calls under way as it may: retry later
+    +-- Unauthenticated      the caller showed no API key, or none that is known
+    +-- Forbidden            the peer's certificate is for something else
     +-- WorkerLost           a worker died, hangs or broke its stream
     +-- NotServing           no full mesh: retry later
     +-- WrongResult          a worker answered something that cannot be right
 
 Each class carries a canonical status code and a stable reason. Servicers raise; `protos.interceptors` turns a raised error
-into a status with a `google.rpc.ErrorInfo`; `from_rpc_error` turns it back into the same class.
+into a status with a `google.rpc.ErrorInfo`, and a `google.rpc.RetryInfo` where trying again helps; `from_rpc_error` turns it
+back into the same class.
 """
 
 from __future__ import annotations
@@ -24,8 +28,8 @@ from __future__ import annotations
 from typing import ClassVar
 
 import grpc
-from google.protobuf import any_pb2
-from google.protobuf.message import DecodeError
+from google.protobuf import any_pb2, duration_pb2
+from google.protobuf.message import DecodeError, Message
 from google.rpc import error_details_pb2, status_pb2
 from grpc_status import rpc_status
 
@@ -47,6 +51,19 @@ class MeshError(Exception):
 
     code: ClassVar[grpc.StatusCode] = grpc.StatusCode.INTERNAL
     reason: ClassVar[str] = "INTERNAL"
+    retry_s: ClassVar[float | None] = None
+    """After how many seconds the same call may succeed; None: not by trying again."""
+
+    def __init__(self, text: str, *, shards: tuple[int, ...] = ()) -> None:
+        """Say what is wrong.
+
+        Args:
+            text: what was wanted, what was found, what to do.
+            shards: of the mesh, whose workers are to blame; stays in this process.
+
+        """
+        super().__init__(text)
+        self.shards = shards
 
 
 class InvalidArgument(MeshError):
@@ -117,6 +134,29 @@ class QueueFull(MeshError):
 
     code = grpc.StatusCode.RESOURCE_EXHAUSTED
     reason = "QUEUE_FULL"
+    retry_s = 2.0
+
+
+class TooManyCalls(MeshError):
+    """An API key has as many calls under way as it may."""
+
+    code = grpc.StatusCode.RESOURCE_EXHAUSTED
+    reason = "TOO_MANY_CALLS"
+    retry_s = 1.0
+
+
+class Unauthenticated(MeshError):
+    """The caller showed no API key, or none that is known."""
+
+    code = grpc.StatusCode.UNAUTHENTICATED
+    reason = "UNAUTHENTICATED"
+
+
+class Forbidden(MeshError):
+    """The peer's certificate does not allow this call."""
+
+    code = grpc.StatusCode.PERMISSION_DENIED
+    reason = "PERMISSION_DENIED"
 
 
 class WorkerLost(MeshError):
@@ -131,6 +171,7 @@ class NotServing(MeshError):
 
     code = grpc.StatusCode.UNAVAILABLE
     reason = "NOT_SERVING"
+    retry_s = 1.0
 
 
 class WrongResult(MeshError):
@@ -154,6 +195,9 @@ ERRORS: dict[str, type[MeshError]] = {
         StepMismatch,
         OutOfMemory,
         QueueFull,
+        TooManyCalls,
+        Unauthenticated,
+        Forbidden,
         WorkerLost,
         NotServing,
         WrongResult,
@@ -163,11 +207,22 @@ ERRORS: dict[str, type[MeshError]] = {
 
 
 def to_status(error: MeshError) -> grpc.Status:
-    """Make the gRPC status of an error, with its `ErrorInfo`."""
-    detail = any_pb2.Any()
-    detail.Pack(error_details_pb2.ErrorInfo(reason=error.reason, domain=ERROR_DOMAIN))
+    """Make the gRPC status of an error, with its `ErrorInfo` and, where it helps to try again, a `RetryInfo`."""
+    details: list[Message] = [error_details_pb2.ErrorInfo(reason=error.reason, domain=ERROR_DOMAIN)]
+    if error.retry_s is not None:
+        delay = duration_pb2.Duration()
+        delay.FromNanoseconds(int(error.retry_s * 1e9))
+        details.append(error_details_pb2.RetryInfo(retry_delay=delay))
     number: int = error.code.value[0]
-    return rpc_status.to_status(status_pb2.Status(code=number, message=_shorten(str(error)), details=[detail]))
+    return rpc_status.to_status(
+        status_pb2.Status(code=number, message=_shorten(str(error)), details=[_pack(one) for one in details])
+    )
+
+
+def _pack(message: Message) -> any_pb2.Any:
+    packed = any_pb2.Any()
+    packed.Pack(message)
+    return packed
 
 
 def _shorten(text: str) -> str:

@@ -32,9 +32,19 @@ def test_a_status_carries_code_text_and_reason(error: type[MeshError]) -> None:
     info = error_details_pb2.ErrorInfo()
     assert status_pb2.Status.FromString(details).details[0].Unpack(info)
     assert (info.reason, info.domain) == (error.reason, ERROR_DOMAIN)
+    retry = [
+        detail for detail in status_pb2.Status.FromString(details).details if detail.Is(error_details_pb2.RetryInfo.DESCRIPTOR)
+    ]
+    assert [error_details_pb2.RetryInfo.FromString(one.value).retry_delay.ToNanoseconds() for one in retry] == (
+        [] if error.retry_s is None else [error.retry_s * 1e9]
+    )
     back = from_rpc_error(failed_call(status.code, status.details, details), "worker-1:5000")
     assert type(back) is error
     assert str(back) == "worker-1:5000: wanted 2, found 3"
+
+
+def test_whoever_is_told_that_it_is_busy_or_gone_for_now_is_told_when_to_come_back() -> None:
+    assert {reason for reason, error in ERRORS.items() if error.retry_s} == {"QUEUE_FULL", "TOO_MANY_CALLS", "NOT_SERVING"}
 
 
 @pytest.mark.parametrize("character", ["x", "\n", "é", "漢", "😀"])
