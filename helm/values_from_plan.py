@@ -1,0 +1,69 @@
+"""Values of the chart for a model: what its workers and coordinators need, computed from what `coordctl plan` says.
+
+coordctl plan --model DIR_OR_HUB_ID --shards 4 --quantize int8 --json | python helm/values_from_plan.py > values.yaml
+"""
+
+from __future__ import annotations
+
+import json
+from typing import Any, TextIO
+
+import click
+
+MIB = 2**20
+
+WORKER_MIB = 512
+"""Of a worker beside weights and KV: Python, torch, gRPC, the tensors of a step. Measured: 270 MiB for SmolLM2, peak."""
+COORDINATOR_MIB = 1024
+"""Of a coordinator beside the embedding: the same, the tokenizer, what requests keep. Measured: 310 MiB for SmolLM2 in all."""
+
+_DTYPE_BYTES = {"f32": 4, "bf16": 2, "f16": 2}
+_STEP_MIB = 64
+
+
+@click.command()
+@click.argument("plan", type=click.File(), default="-")
+@click.option(
+    "--kv-tokens", type=click.IntRange(min=1), default=65536, show_default=True, help="Tokens of KV cache to make room for."
+)
+def main(plan: TextIO, kv_tokens: int) -> None:
+    """Print values for PLAN, the output of `coordctl plan --json` (default: standard input)."""
+    try:
+        outline = json.load(plan)
+        values = values_for(outline, kv_tokens)
+    except (ValueError, KeyError, TypeError):
+        raise click.ClickException("PLAN must be what coordctl plan --json prints") from None
+    worker = values["worker"]["resources"]["limits"]["memory"]
+    click.echo(f"# {outline['model']}, {outline['dtype']}, {kv_tokens} tokens of KV cache. On a GPU, {worker} of its memory.")
+    # JSON is YAML.
+    click.echo(json.dumps(values, indent=2))
+
+
+def values_for(outline: dict[str, Any], kv_tokens: int) -> dict[str, Any]:
+    """Compute the values that follow from a plan.
+
+    Args:
+        outline: the object that `coordctl plan --json` prints.
+        kv_tokens: tokens of KV cache.
+
+    """
+    shards = outline["shards"]
+    worker = max(shard["weight_bytes"] + kv_tokens * shard["kv_bytes_per_token"] for shard in shards)
+    embedding = outline["vocabulary"] * outline["hidden"] * _DTYPE_BYTES[outline["dtype"]]
+    return {
+        "shards": len(shards),
+        "allowUneven": len(shards).bit_count() != 1,
+        "model": {"dtype": outline["dtype"], "quantize": outline["quantization"]},
+        "coordinator": {"kvTokens": kv_tokens, "resources": _memory(embedding + COORDINATOR_MIB * MIB)},
+        "worker": {"resources": _memory(worker + WORKER_MIB * MIB)},
+    }
+
+
+def _memory(num_bytes: int) -> dict[str, dict[str, str]]:
+    # Asked for and limited alike: a worker that must give memory back is a worker that dies.
+    quantity = f"{-(-num_bytes // (_STEP_MIB * MIB)) * _STEP_MIB}Mi"
+    return {"requests": {"memory": quantity}, "limits": {"memory": quantity}}
+
+
+if __name__ == "__main__":
+    main()

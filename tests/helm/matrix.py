@@ -1,0 +1,142 @@
+"""Values over which the chart is tested: every switch at least once in each position, and what goes together."""
+
+from __future__ import annotations
+
+from tests.helm.chart import Document
+
+DIGEST = "sha256:" + "ab" * 32
+
+CASES: dict[str, Document] = {
+    "defaults": {},
+    "stream from a new claim": {"model.delivery": "stream"},
+    "hub": {"model.source": "hub", "model.delivery": "stream", "model.hubToken.existingSecret": "hub", "cacheSize": "4Gi"},
+    "hub, token in the values": {"model.source": "hub", "model.delivery": "stream", "model.hubToken.value": "hf_x"},
+    "new claim for many nodes": {
+        "model.claim.accessMode": "ReadWriteMany",
+        "model.claim.storageClassName": "nfs",
+        "model.claim.keep": True,
+        "model.hubToken.existingSecret": "hub",
+        "model.revision": "refs/pr/1",
+    },
+    "existing claim": {
+        "model.source": "existingClaim",
+        "model.claim.existing": "weights",
+        "model.claim.accessMode": "ReadOnlyMany",
+        "model.path": "Qwen/Qwen3-30B-A3B",
+    },
+    "existing claim, its root, streamed": {
+        "model.source": "existingClaim",
+        "model.claim.existing": "weights",
+        "model.delivery": "stream",
+    },
+    "cert-manager": {"tls.mode": "certManager", "tls.requireCallerCertificate": True, "tls.extraNames": ["llm.example.org"]},
+    "cert-manager, an issuer of theirs": {
+        "tls.mode": "certManager",
+        "tls.certManager.issuerRef.name": "corporate",
+        "tls.certManager.issuerRef.kind": "ClusterIssuer",
+    },
+    "certificates of theirs": {
+        "tls.mode": "existing",
+        "tls.coordinatorSecret": "coordinator-certificate",
+        "tls.workerSecret": "worker-certificate",
+        "tls.callerSecret": "caller-certificate",
+        "tls.publicSecret": "public-certificate",
+        "tls.requireCallerCertificate": True,
+    },
+    "callers show certificates": {"tls.requireCallerCertificate": True},
+    "keys of theirs": {"apiKeys.existingSecret": "keys", "apiKeys.existingCallerSecret": "my-key"},
+    "hashes of theirs only": {"apiKeys.existingSecret": "keys"},
+    "nothing closed": {"tls.mode": "off", "apiKeys.enabled": False, "networkPolicy.enabled": False},
+    "TLS alone": {"apiKeys.enabled": False},
+    "dns": {"discovery": "dns"},
+    "many": {
+        "shards": 8,
+        "worker.spares": 2,
+        "coordinator.replicas": 3,
+        "coordinator.warmSpares": True,
+        "coordinator.kvTokens": 1048576,
+        "coordinator.maxRows": 1024,
+        "coordinator.maxRunning": 128,
+        "coordinator.maxWaiting": 1000000,
+        "coordinator.roundTimeoutSeconds": 20,
+        "coordinator.recoveryTimeoutSeconds": 120,
+        "coordinator.wire": "int8",
+        "coordinator.preStopSeconds": 0,
+        "coordinator.graceSeconds": 600,
+        "model.quantize": "int4",
+        "model.dtype": "bf16",
+        "apiKeys.maxCalls": 16,
+    },
+    "three shards": {"shards": 3, "allowUneven": True, "worker.threads": None, "worker.spares": 0},
+    "gpu": {
+        "worker.device": "cuda",
+        "worker.image.tag": "0.1.0-cuda",
+        "worker.resources.limits": {"nvidia.com/gpu": 1, "memory": "64Gi"},
+        "worker.runtimeClassName": "nvidia",
+        "worker.nodeSelector": {"nvidia.com/gpu.present": "true"},
+        "worker.tolerations": [{"key": "nvidia.com/gpu", "operator": "Exists", "effect": "NoSchedule"}],
+        "worker.priorityClassName": "high",
+        "worker.maxSurge": 0,
+        "worker.maxUnavailable": 1,
+        "worker.topologySpreadConstraints": [],
+        "model.delivery": "stream",
+    },
+    "images": {
+        "image.registry": "registry.example.org/llm",
+        "image.tag": "2.0",
+        "image.pullSecrets": ["pull"],
+        "coordinator.image.digest": DIGEST,
+    },
+    "everything of theirs in pods": {
+        "commonLabels": {"team": "llm"},
+        "coordinator.extraArgs": ["--log-level=debug"],
+        "coordinator.extraEnv": [{"name": "HF_ENDPOINT", "value": "https://hub.example.org"}],
+        "coordinator.extraVolumes": [{"name": "extra", "emptyDir": {}}],
+        "coordinator.extraVolumeMounts": [{"name": "extra", "mountPath": "/extra"}],
+        "coordinator.podAnnotations": {"a": "b"},
+        "coordinator.podLabels": {"c": "d"},
+        "coordinator.nodeSelector": {"kubernetes.io/arch": "amd64"},
+        "coordinator.affinity": {
+            "podAffinity": {
+                "requiredDuringSchedulingIgnoredDuringExecution": [
+                    {"topologyKey": "zone", "labelSelector": {"matchLabels": {"a": "b"}}}
+                ]
+            },
+            "nodeAffinity": {},
+        },
+        "worker.extraArgs": ["--log-level=debug"],
+        "worker.extraEnv": [{"name": "A", "value": "1"}],
+        "worker.extraVolumes": [{"name": "extra", "emptyDir": {}}],
+        "worker.extraVolumeMounts": [{"name": "extra", "mountPath": "/extra"}],
+        "worker.podAnnotations": {"a": "b"},
+        "worker.podLabels": {"c": "d"},
+        "serviceAccount.annotations": {"e": "f"},
+    },
+    "ingress": {
+        "ingress.enabled": True,
+        "ingress.host": "llm.example.org",
+        "ingress.className": "nginx",
+        "ingress.tlsSecret": "llm",
+    },
+    "route": {
+        "grpcRoute.enabled": True,
+        "grpcRoute.parentRefs": [{"name": "gateway", "namespace": "gateways"}],
+        "grpcRoute.hostnames": ["llm.example.org"],
+        "grpcRoute.caConfigMap": "mesh-ca",
+        "coordinator.service.port": 443,
+    },
+    "load balancer": {
+        "coordinator.service.type": "LoadBalancer",
+        "coordinator.service.annotations": {"a": "b"},
+        "networkPolicy.callers": [{"ipBlock": {"cidr": "10.0.0.0/8"}}],
+        "networkPolicy.apiServerCidr": "10.96.0.1/32",
+        "networkPolicy.apiServerPorts": [443],
+        "networkPolicy.coordinatorEgress": [{"ports": [{"port": 4317, "protocol": "TCP"}]}],
+    },
+    "hpa": {"autoscaling.mode": "hpa", "autoscaling.maxReplicas": 8},
+    "keda": {"autoscaling.mode": "keda", "autoscaling.prometheusAddress": "http://prometheus.monitoring:9090"},
+    "pod monitor": {"metrics.monitor": "podMonitor", "metrics.labels": {"release": "prometheus"}, "metrics.rules": True},
+    "service monitor": {"metrics.monitor": "serviceMonitor", "metrics.dashboard": True},
+    "no metrics": {"metrics.enabled": False, "metrics.monitor": "podMonitor", "podDisruptionBudget.enabled": False},
+    "no fsGroup": {"fsGroup": None},
+}

@@ -1,0 +1,68 @@
+"""helm/values_from_plan.py: from `coordctl plan --json` to values that the chart takes."""
+
+import importlib.util
+import json
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import pytest
+import yaml
+from click.testing import CliRunner
+
+from coordinator.commands.plan import plan
+from tests.helm.chart import CHART, ROOT, Rendered, helm, parse
+from tests.tiny import make_checkpoint
+
+MIB = 2**20
+
+
+@pytest.fixture(scope="module")
+def script() -> ModuleType:
+    spec = importlib.util.spec_from_file_location("values_from_plan", ROOT / "helm" / "values_from_plan.py")
+    assert spec
+    assert spec.loader
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.fixture(scope="module")
+def outline(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    folder = tmp_path_factory.mktemp("model") / "llama"
+    make_checkpoint("llama", folder)
+    done = CliRunner().invoke(plan, ["--model", str(folder), "--shards", "3", "--quantize", "int8", "--json"])
+    found: dict[str, Any] = json.loads(done.stdout)
+    return found
+
+
+def test_the_chart_takes_what_it_prints(script: ModuleType, outline: dict[str, Any], tmp_path: Path) -> None:
+    done = CliRunner().invoke(script.main, ["--kv-tokens", "1048576"], input=json.dumps(outline))
+    assert done.exit_code == 0, done.output
+    values = tmp_path / "values.yaml"
+    values.write_text(done.stdout)
+    rendered = Rendered(parse(helm("template", "mesh", str(CHART), "--values", str(values)).stdout))
+    assert {"--shards=3", "--kv-tokens=1048576", "--quantize=int8", "--dtype=f32"} <= set(rendered.arguments("coordinator"))
+    resources = rendered.pod("worker")["containers"][0]["resources"]
+    assert (
+        resources["requests"]["memory"]
+        == resources["limits"]["memory"]
+        == yaml.safe_load(done.stdout)["worker"]["resources"]["limits"]["memory"]
+    )
+    # What was not said stays the chart's own.
+    assert resources["requests"]["cpu"] == "250m"
+
+
+def test_memory_is_that_of_the_largest_slice_its_kv_and_the_program(script: ModuleType, outline: dict[str, Any]) -> None:
+    values = script.values_for(outline, 10_000)
+    largest = max(shard["weight_bytes"] + 10_000 * shard["kv_bytes_per_token"] for shard in outline["shards"])
+    asked = int(values["worker"]["resources"]["limits"]["memory"].removesuffix("Mi")) * MIB
+    assert 0 <= asked - (largest + script.WORKER_MIB * MIB) < 64 * MIB
+    assert values["allowUneven"] is True
+
+
+@pytest.mark.parametrize("text", ["", "[]", "{}", '{"shards": []}', "not JSON"])
+def test_what_is_no_plan_is_refused_in_one_line(script: ModuleType, text: str) -> None:
+    done = CliRunner().invoke(script.main, input=text)
+    assert done.exit_code != 0
+    assert done.stderr == "Error: PLAN must be what coordctl plan --json prints\n"
