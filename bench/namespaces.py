@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 ROOT = Path(__file__).parents[1]
 COMMAND_S = 10.0
 """Longest that a command which sets something up may take."""
-TOOLS = ("ip", "tc", "nsenter", "unshare")
+TOOLS = ("ip", "bridge", "tc", "nsenter", "unshare")
 _SUBNET = "10.77.0"
 _RELAYED_BITS_PER_S = 2e8
 """Fastest port that the relay can be."""
@@ -130,6 +130,14 @@ class Network:
         for number, node in enumerate(self._nodes):
             for pid, device in ((node, "eth0"), (self._switch, f"port{number}")):
                 _limit(pid, device, None if relayed else bits_per_s)
+
+    def cut(self, node: int) -> None:
+        """Have the switch drop all frames from and to a node; its device does not notice."""
+        _run(self._switch, f"bridge link set dev port{node} state 0")
+
+    def mend(self, node: int) -> None:
+        """Have the switch forward a node's frames again."""
+        _run(self._switch, f"bridge link set dev port{node} state 3")
 
     def _namespace(self, stack: ExitStack) -> int:
         """Make a namespace; the process id of its holder stands for it."""

@@ -13,8 +13,11 @@ COMMANDS = {
     "serve": "Serve a model on workers that run already.",
     "plan": "Show who holds what and how much memory that takes.",
     "status": "Show workers, epoch, plan, load and health of a mesh.",
+    "top": "Show a mesh at work, renewed every second.",
     "bench": "Measure a private mesh: tokens per second, and where their time goes.",
     "profile": "Write a timeline of some tokens, for Perfetto.",
+    "certs": "Make certificates for a mesh on one machine.",
+    "api-key": "Make a key for a caller of a coordinator.",
     "import-gguf": "Turn a llama-family GGUF file into a Hugging Face folder.",
 }
 """Name and purpose; each lives in `coordinator.commands` under its own name."""

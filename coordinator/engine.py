@@ -1,93 +1,38 @@
 """The loop: schedule, forward, sample, emit. Knows token ids only, never text.
 
-Requests outlive meshes: when a step fails, the loop ends with the error, and whoever runs it may rewind and run it again on
-another mesh; every sequence is then replayed from its journal and goes on with the same tokens.
+Requests outlive meshes: when a step fails, the loop ends with the error, and whoever runs it may interrupt the requests and run
+it again on another mesh; every sequence is then replayed from its journal and goes on with the same tokens.
 """
 
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import time
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+import structlog
+
+from coordinator.canary import Canary
+from coordinator.completion import Completion
 from coordinator.microbatches import LIMIT
+from coordinator.observer import Observer
 from coordinator.request import FinishReason, check_against_model
 from coordinator.scheduler import Limits, Scheduler, Step
 from coordinator.sequence import Sequence, SequenceId
+from protos import rpc
 from protos.errors import MeshError
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncIterator
+    from collections.abc import Callable, Iterator
 
     from coordinator.forward import Forward
     from coordinator.head import Head
     from coordinator.request import Request
     from coordinator.sampler import Choice
 
-
-@dataclass(frozen=True, slots=True)
-class Timings:
-    """Where the time of a completion went, nanoseconds."""
-
-    queue_ns: int
-    prefill_ns: int
-    decode_ns: int
-
-
-class Completion:
-    """The tokens of one request, as they come."""
-
-    def __init__(self, engine: Engine, sequence: Sequence) -> None:
-        """Made by `Engine.submit`."""
-        self.reason: FinishReason | None = None
-        self._engine = engine
-        self.sequence = sequence
-        self._events: asyncio.Queue[Choice | FinishReason | MeshError] = asyncio.Queue()
-        self._arrived_ns = time.monotonic_ns()
-        self._started_ns = self._first_ns = self._last_ns = 0
-
-    async def tokens(self) -> AsyncIterator[Choice]:
-        """Yield each token; `reason` is set afterwards.
-
-        Raises:
-            MeshError: the completion cannot go on.
-
-        """
-        while True:
-            event = await self._events.get()
-            if isinstance(event, MeshError):
-                # Many completions may share it: without this each raise would add to the last one's traceback.
-                raise event.with_traceback(None)
-            if isinstance(event, FinishReason):
-                self.reason = event
-                return
-            yield event
-
-    def cancel(self) -> None:
-        """Stop the work before the next step. Idempotent."""
-        self._engine.drop(self.sequence)
-
-    @property
-    def timings(self) -> Timings:
-        """Times so far."""
-        started = self._started_ns or time.monotonic_ns()
-        first = self._first_ns or started
-        return Timings(started - self._arrived_ns, first - started, max(0, self._last_ns - first))
-
-    def start(self) -> None:
-        """Note that the first rows are on their way."""
-        self._started_ns = self._started_ns or time.monotonic_ns()
-
-    def put(self, choice: Choice) -> None:
-        """Pass a token on."""
-        self._last_ns = time.monotonic_ns()
-        self._first_ns = self._first_ns or self._last_ns
-        self._events.put_nowait(choice)
-
-    def end(self, event: FinishReason | MeshError) -> None:
-        """Pass on that nothing follows."""
-        self._events.put_nowait(event)
+log = structlog.get_logger(__name__)
 
 
 @dataclass(slots=True)
@@ -102,27 +47,71 @@ class Statistics:
 class Engine:
     """All requests of a coordinator."""
 
-    def __init__(self, limits: Limits, vocabulary: int, context: int) -> None:
+    def __init__(self, limits: Limits, vocabulary: int, context: int, observer: Observer | None = None) -> None:
         """Start without requests.
 
         Args:
             limits: what the mesh was sized for.
             vocabulary: token ids are below it.
             context: most tokens of a sequence.
+            observer: told of what happens; None: nobody.
 
         """
+        self._observer = observer or Observer()
         self.scheduler = Scheduler(limits)
         self.statistics = Statistics()
         self.max_tokens = min(context, limits.kv_tokens)
         self.refusal: MeshError | None = None
         """Why no requests are taken at present; None if they are."""
+        self.proven_ns = 0
+        """When a token last came through the whole mesh, `time.monotonic_ns`; 0 before the first."""
+        self.step_started_ns = 0
+        """When the step that is under way began; 0 if none is."""
         self._vocabulary = vocabulary
         self._context = context
+        self._canary = Canary(vocabulary, self.max_tokens, self._next_id)
         self._completions: dict[SequenceId, Completion] = {}
+        self._num_arriving = 0
+        # Requests that a broken mesh interrupted, until each has its next token; and who wants to know of the last one.
+        self._interrupted: set[SequenceId] = set()
+        self._when_resumed: Callable[[], None] = lambda: None
         self._work = asyncio.Event()
         self._idle = asyncio.Event()
         self._idle.set()
         self._last_id = 0
+        self._last_number = 0
+        self._step: Step | None = None
+
+    def resize(self, limits: Limits) -> None:
+        """Take the limits of the mesh that is to come, while requests are refused.
+
+        Raises:
+            ValueError: requests are there that were sized by the former limits.
+
+        """
+        if self._completions:
+            raise ValueError("an engine with requests cannot be resized")
+        self.scheduler = Scheduler(limits)
+        self.max_tokens = min(self._context, limits.kv_tokens)
+        self._canary = Canary(self._vocabulary, self.max_tokens, self._next_id)
+
+    @contextlib.contextmanager
+    def arrive(self) -> Iterator[None]:
+        """Keep a place in the queue while a request is being read, which may take longer than to refuse it.
+
+        Raises:
+            QueueFull: too many wait already.
+            MeshError: `refusal`, if there is one.
+
+        """
+        with self._telling_refusals():
+            self._check_refusal()
+            self.scheduler.check_room(self._num_arriving)
+            self._num_arriving += 1
+            try:
+                yield
+            finally:
+                self._num_arriving -= 1
 
     def submit(self, request: Request) -> Completion:
         """Queue a request.
@@ -134,42 +123,74 @@ class Engine:
             MeshError: `refusal`, if there is one.
 
         """
-        if self.refusal:
-            raise self.refusal.with_traceback(None)
-        check_against_model(request, self._vocabulary, self._context)
-        self._last_id += 1
-        sequence = Sequence(SequenceId(self._last_id), request)
-        self.scheduler.add(sequence)
-        completion = self._completions[sequence.id] = Completion(self, sequence)
+        with self._telling_refusals():
+            self._check_refusal()
+            check_against_model(request, self._vocabulary, self._context)
+            sequence = Sequence(self._next_id(), request)
+            self.scheduler.add(sequence)
+        completion = self._completions[sequence.id] = Completion(sequence, self.drop)
         self.statistics.prompt_tokens += len(request.prompt)
         self._work.set()
         self._idle.clear()
         return completion
 
+    async def prove(self, forward: Forward, head: Head) -> None:
+        """Send the canary through a mesh on which no step is under way.
+
+        Raises:
+            MeshError: it did not come back, or not right.
+
+        """
+        left = await self._canary.check(forward, head, self._next_number, self.scheduler.pool, self.scheduler.take_released())
+        self.scheduler.drop_kv(left)
+        self.proven_ns = time.monotonic_ns()
+
     async def run(self, forward: Forward, head: Head) -> None:
-        """Do steps for ever.
+        """Do steps for ever, and the canary's while there is nothing else to do.
 
         Raises:
             MeshError: a step failed; no token of it was drawn.
 
         """
-        number = 0
         while True:
-            await self._work.wait()
             step = self.scheduler.schedule()
             if step is None:
                 self._work.clear()
+                try:
+                    async with asyncio.timeout(rpc.CANARY_S):
+                        await self._work.wait()
+                except TimeoutError:
+                    await self.prove(forward, head)
                 continue
-            number += LIMIT
+            self._step, self.step_started_ns = step, time.monotonic_ns()
+            number = self._next_number()
+            self._observer.step_started(step, number)
             for rows in step.rows:
                 self._completions[rows.sequence.id].start()
             hidden = await forward.run(step, number)
             sequences = [rows.sequence for rows in step.rows if rows.samples]
             choices = await head.choose(hidden, sequences, number) if sequences else []
             self._finish_step(step, sequences, choices)
+            self._step, self.step_started_ns = None, 0
+            self._observer.step_ended()
 
-    def rewind(self) -> None:
-        """Replay all running sequences in the next run: the workers may hold nothing any more."""
+    def interrupt(self, error: MeshError, when_resumed: Callable[[], None]) -> None:
+        """Note that the mesh broke: all that ran is replayed on the next one, but for a request that broke mesh after mesh.
+
+        Args:
+            error: that ends such a request.
+            when_resumed: called when every request that is replayed has its next token, or its end; not if there is none.
+
+        """
+        if self._step:
+            for guilty in self.scheduler.strike(self._step):
+                if completion := self._completions.get(guilty.id):
+                    log.error("request ended: it broke mesh after mesh", request_id=guilty.request.request_id, error=str(error))
+                    self._end(completion, error)
+        self._step, self.step_started_ns = None, 0
+        # Those that an earlier mesh interrupted wait still, or again.
+        self._interrupted |= {sequence.id for sequence in self.scheduler.running}
+        self._when_resumed = when_resumed
         self.scheduler.rewind()
 
     async def wait_idle(self) -> None:
@@ -184,23 +205,55 @@ class Engine:
     def drop(self, sequence: Sequence) -> None:
         """Forget a request whose caller is gone or has all that it wanted. Idempotent."""
         self.scheduler.finish(sequence)
-        self._completions.pop(sequence.id, None)
+        if completion := self._completions.pop(sequence.id, None):
+            self._observer.completion_ended(completion)
+        self._note_resumed(sequence.id)
         if not self._completions:
             self._idle.set()
+
+    @contextlib.contextmanager
+    def _telling_refusals(self) -> Iterator[None]:
+        try:
+            yield
+        except MeshError as error:
+            self._observer.request_refused(error)
+            raise
+
+    def _check_refusal(self) -> None:
+        if self.refusal:
+            raise self.refusal.with_traceback(None)
+
+    def _next_id(self) -> SequenceId:
+        self._last_id += 1
+        return SequenceId(self._last_id)
+
+    def _next_number(self) -> int:
+        # It only has to rise within a mesh's sessions; parts of a step have numbers between.
+        self._last_number += LIMIT
+        return self._last_number
+
+    def _note_resumed(self, identifier: SequenceId) -> None:
+        if identifier in self._interrupted:
+            self._interrupted.discard(identifier)
+            if not self._interrupted:
+                self._when_resumed()
 
     def _finish_step(self, step: Step, sequences: list[Sequence], choices: list[Choice]) -> None:
         """Write the journal first, then tell the callers."""
         drawn = {sequence.id: choice for sequence, choice in zip(sequences, choices, strict=True)}
         self.scheduler.advance(step, {identifier: choice.token for identifier, choice in drawn.items()})
         self.statistics.steps += 1
+        if drawn:
+            self.proven_ns = time.monotonic_ns()
         for identifier, choice in drawn.items():
+            self._note_resumed(identifier)
             # Dropped while the step was under way: nobody listens.
             if completion := self._completions.get(identifier):
                 self.statistics.completion_tokens += 1
                 self._emit(completion, choice)
 
     def _emit(self, completion: Completion, choice: Choice) -> None:
-        completion.put(choice)
+        self._observer.token_drawn(completion, completion.put(choice))
         sequence = completion.sequence
         if choice.token in sequence.request.stop_ids:
             self._end(completion, FinishReason.STOP)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import time
-from typing import TYPE_CHECKING, Any, Self, TypeVar
+from typing import TYPE_CHECKING, Any, NoReturn, Self, TypeVar
 
 from google.protobuf.message import DecodeError
 
@@ -26,7 +26,13 @@ class Fanout:
     """The sessions of a mesh, one for each shard, in shard order."""
 
     def __init__(
-        self, sessions: Sequence[WorkerSession], plan_digest: bytes, epoch: int, observer: RoundObserver | None = None
+        self,
+        sessions: Sequence[WorkerSession],
+        plan_digest: bytes,
+        epoch: int,
+        *,
+        timeout_s: float = rpc.ROUND_TIMEOUT_S,
+        observer: RoundObserver | None = None,
     ) -> None:
         """Take over started sessions; `open` them before the first step.
 
@@ -34,21 +40,20 @@ class Fanout:
             sessions: one for each shard.
             plan_digest: of the mesh.
             epoch: this coordinator's count of meshes.
+            timeout_s: longest that a round of a few rows may take.
             observer: told of each round that was answered.
 
         """
         self._observer = observer
+        self._timeout_s = timeout_s
         self.plan_digest = plan_digest
         self.epoch = epoch
         self._sessions = tuple(sessions)
+        self.addresses = tuple(session.address for session in sessions)
+        """Of the workers, in shard order."""
         self._round = 0
         # Two rounds may be under way, of different steps.
         self._sending, self._receiving = asyncio.Lock(), asyncio.Lock()
-
-    @property
-    def addresses(self) -> tuple[str, ...]:
-        """Of the workers, in shard order."""
-        return tuple(session.address for session in self._sessions)
 
     async def open(self, coordinator: bytes, num_pages: int) -> None:
         """Open all sessions with KV pages of their own.
@@ -81,10 +86,10 @@ class Fanout:
             MeshError: what a worker's fault says, or what `take` raises.
 
         """
-        deadline_s = rpc.round_deadline_s(num_rows)
+        deadline_s = rpc.round_deadline_s(self._timeout_s, num_rows)
         replies: list[ExecuteResponse] = []
         answers: list[Answer] = []
-        awaited = ""
+        awaited = 0
         try:
             async with asyncio.timeout(deadline_s):
                 with _Together() as together:
@@ -93,33 +98,61 @@ class Fanout:
                         self._round += 1
                         request.plan_digest, request.epoch, request.round = self.plan_digest, self.epoch, self._round
                         data = request.SerializeToString()
-                        for session, written in zip(self._sessions, together.start(self._writes(data)), strict=True):
-                            awaited = session.address
+                        for shard, written in enumerate(together.start(self._writes(data))):
+                            awaited = shard
                             await written
                         written_ns = time.perf_counter_ns()
                     # Nothing waits between the locks, and both are fair: rounds are read in the order in which they were sent.
                     async with self._receiving:
-                        for session, read in zip(self._sessions, together.start(self._reads()), strict=True):
-                            awaited = session.address
-                            answer = await read
-                            reply = self._parsed(len(replies), answer, request, result)
-                            answers.append(Answer(reply.compute_ns, reply.queue_ns, time.perf_counter_ns(), len(answer)))
+                        for shard, read in enumerate(together.start(self._reads())):
+                            awaited = shard
+                            answer, received_ns = await read
+                            reply = self._parsed(shard, answer, request, result)
+                            arrived_ns = time.perf_counter_ns()
+                            answers.append(Answer(reply.compute_ns, reply.queue_ns, arrived_ns, len(answer), received_ns))
                             replies.append(reply)
                             if take:
                                 take(reply)
         except TimeoutError:
-            raise WorkerLost(f"worker {awaited} did not answer within {deadline_s:g} s") from None
+            raise WorkerLost(f"{self._name(awaited)} did not answer within {deadline_s:g} s", shards=(awaited,)) from None
+        except MeshError as error:
+            error.shards = error.shards or (awaited,)
+            raise
         if self._observer:
-            action = request.WhichOneof("action") or ""
-            layer = getattr(getattr(request, action), "layer", None)
-            self._observer(Round(action, layer, request.step, num_rows, started_ns, written_ns, len(data), tuple(answers)))
+            self._observer(self._record(request, num_rows, (started_ns, written_ns), len(data), answers))
         return replies
+
+    async def watch(self) -> NoReturn:
+        """Wait until a session ends.
+
+        Raises:
+            WorkerLost: one has ended, whether or not a round was under way.
+
+        """
+        watching = [asyncio.ensure_future(session.wait_ended()) for session in self._sessions]
+        try:
+            await asyncio.wait(watching, return_when=asyncio.FIRST_COMPLETED)
+            shard = next(shard for shard, ended in enumerate(watching) if ended.done())
+            raise WorkerLost(f"{self._name(shard)}: {watching[shard].result()}", shards=(shard,))
+        finally:
+            for ended in watching:
+                ended.cancel()
+
+    def _record(
+        self, request: ExecuteRequest, num_rows: int, times: tuple[int, int], request_bytes: int, answers: list[Answer]
+    ) -> Round:
+        action = request.WhichOneof("action") or ""
+        layer = getattr(getattr(request, action), "layer", None)
+        experts = request.feed_forward.experts.data
+        return Round(
+            action, layer, request.step, num_rows, *times, request_bytes, tuple(answers), workers=self.addresses, experts=experts
+        )
 
     def _writes(self, data: bytes) -> Iterator[Coroutine[Any, Any, None]]:
         return (session.write(data) for session in self._sessions)
 
-    def _reads(self) -> Iterator[Coroutine[Any, Any, bytes]]:
-        return (session.read() for session in self._sessions)
+    def _reads(self) -> Iterator[Coroutine[Any, Any, tuple[bytes, int]]]:
+        return (_receive(session) for session in self._sessions)
 
     def close(self) -> None:
         """End all sessions."""
@@ -144,6 +177,11 @@ class Fanout:
 
     def _name(self, shard: int) -> str:
         return f"worker {self._sessions[shard].address}"
+
+
+async def _receive(session: WorkerSession) -> tuple[bytes, int]:
+    """Read an answer and note when it came; it may be looked at later."""
+    return await session.read(), time.perf_counter_ns()
 
 
 class _Together:

@@ -22,7 +22,7 @@ from coordinator.models.spec import MoeSpec
 from coordinator.reduce import PartialSum
 from coordinator.router import gate_logits, route
 from protos import shardworker_pb2, tensor_pb2
-from protos.errors import MeshError
+from protos.errors import MeshError, WrongResult
 from protos.plan_pb2 import QK_NORM_FULL
 from protos.shardworker_pb2 import ExecuteRequest
 from protos.tensors import encode_into
@@ -127,7 +127,13 @@ class Forward:
         # By numpy, a quarter of torch's time for one row: on a core that slept while the workers computed, every operator
         # costs its way through a cold dispatcher.
         rows = hidden.numpy()
-        scale = 1 / np.sqrt(np.add.reduce(rows * rows, axis=1) / np.float32(self._spec.hidden) + np.float32(self._spec.norm_eps))
+        try:
+            with np.errstate(over="raise"):
+                squares = np.add.reduce(rows * rows, axis=1) / np.float32(self._spec.hidden)
+        except FloatingPointError:
+            # Beyond about 1e19, which only a worker's mistake explains: the norm would make zeros of such rows.
+            raise WrongResult("the partials sum to rows whose squares are beyond what float32 holds") from None
+        scale = 1 / np.sqrt(squares + np.float32(self._spec.norm_eps))
         return torch.from_numpy(rows * scale[:, None] * weight.numpy())
 
 

@@ -14,7 +14,7 @@ import torch
 from coordinator import sampler
 from coordinator.scores import RowScores, from_logits, merge_candidates
 from protos import rpc, shardworker_pb2, tensor_pb2
-from protos.errors import WrongResult
+from protos.errors import InvalidArgument, WrongResult
 from protos.shardworker_pb2 import ExecuteRequest
 from protos.tensors import all_finite, decode, encode
 
@@ -92,15 +92,18 @@ class Head:
         listed = min(count, self.shard_vocabularies[shard])
         shapes = [tuple(tensor.shape) for tensor in (result.candidates, result.logits, result.logsumexp)]
         if shapes != [(rows, listed), (rows, listed), (rows, 2)]:
-            raise WrongResult(f"shard {shard} answered candidates of shapes {shapes}, wanted {rows} rows of {listed}")
-        if result.logsumexp.dtype != tensor_pb2.DTYPE_F64:
-            raise WrongResult(f"shard {shard} answered a logsumexp of dtype {result.logsumexp.dtype}, wanted F64")
-        ids, logits, logsumexp = decode(result.candidates), decode(result.logits), decode(result.logsumexp)
+            raise _wrong(shard, f"candidates of shapes {shapes}, wanted {rows} rows of {listed}")
+        dtypes = (result.candidates.dtype, result.logits.dtype, result.logsumexp.dtype)
+        if dtypes != (tensor_pb2.DTYPE_I32, tensor_pb2.DTYPE_F32, tensor_pb2.DTYPE_F64):
+            raise _wrong(shard, f"candidates, logits and logsumexp of dtypes {dtypes}, wanted I32, F32 and F64")
+        ids, logits, logsumexp = (_decode(shard, one) for one in (result.candidates, result.logits, result.logsumexp))
         start = sum(self.shard_vocabularies[:shard])
         end = start + self.shard_vocabularies[shard]
         if listed and not start <= int(ids.min()) <= int(ids.max()) < end:
-            raise WrongResult(f"shard {shard} answered candidates outside its vocabulary rows {start} to {end}")
+            raise _wrong(shard, f"candidates outside its vocabulary rows {start} to {end}")
         _check_finite(shard, logits, logsumexp)
+        if bool((logits[:, 1:] > logits[:, :-1]).any()):
+            raise _wrong(shard, "candidates that are not in the order of their logits")
         return _Listed(ids, logits, logsumexp)
 
     async def _logits(self, hidden: torch.Tensor, step: int) -> torch.Tensor:
@@ -110,10 +113,12 @@ class Head:
 
     async def _logits_of_round(self, hidden: torch.Tensor, step: int) -> torch.Tensor:
         request = ExecuteRequest(step=step, head=shardworker_pb2.Head(hidden=encode(hidden, self.wire), logits=True))
-        shards = [decode(reply.head.logits) for reply in await self.fanout.round(request, "head", len(hidden))]
+        replies = await self.fanout.round(request, "head", len(hidden))
+        shards = [_decode(shard, reply.head.logits) for shard, reply in enumerate(replies)]
         for shard, (logits, size) in enumerate(zip(shards, self.shard_vocabularies, strict=True)):
-            if tuple(logits.shape) != (len(hidden), size):
-                raise WrongResult(f"shard {shard} answered logits of shape {list(logits.shape)}, wanted [{len(hidden)}, {size}]")
+            if logits.dtype != torch.float32 or tuple(logits.shape) != (len(hidden), size):
+                found = f"logits of {logits.dtype} {list(logits.shape)}"
+                raise _wrong(shard, f"{found}, wanted {torch.float32} [{len(hidden)}, {size}]")
             _check_finite(shard, logits)
         return torch.cat(shards, dim=1)
 
@@ -130,7 +135,18 @@ class _Listed:
 def _check_finite(shard: int, *tensors: torch.Tensor) -> None:
     # A NaN would sort first and be chosen.
     if not all(all_finite(tensor) for tensor in tensors):
-        raise WrongResult(f"shard {shard} answered logits that are NaN or infinite")
+        raise _wrong(shard, "logits that are NaN or infinite")
+
+
+def _decode(shard: int, message: tensor_pb2.Tensor) -> torch.Tensor:
+    try:
+        return decode(message)
+    except InvalidArgument as error:
+        raise _wrong(shard, f"a tensor that is none: {error}") from None
+
+
+def _wrong(shard: int, what: str) -> WrongResult:
+    return WrongResult(f"shard {shard} answered {what}", shards=(shard,))
 
 
 def _choose_from_candidates(scores: RowScores, sequence: Sequence) -> sampler.Choice | None:

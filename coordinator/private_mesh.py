@@ -6,12 +6,14 @@ import asyncio
 from typing import TYPE_CHECKING, Protocol
 
 from coordinator.app import Coordinator
-from coordinator.config import ServeSettings
+from coordinator.config import SecuritySettings, ServeSettings
 from coordinator.intake import read_request
 from coordinator.progress import LoadProgress
 from coordinator.served_model import ServedModel
 
 if TYPE_CHECKING:
+    from pathlib import Path
+
     from coordinator.config import ModelSettings
     from coordinator.rounds import RoundObserver
     from protos.generation_pb2 import GenerateRequest
@@ -40,6 +42,7 @@ async def start_private_mesh(
     observer: RoundObserver | None = None,
     *,
     insecure: bool = False,
+    tls: Path | None = None,
 ) -> Coordinator:
     """Serve a model on workers that nobody else uses.
 
@@ -50,6 +53,7 @@ async def start_private_mesh(
         request: that will be made: what is wrong with it is said before minutes are spent on loading.
         observer: told of each round.
         insecure: whether workers may be reached by TCP without TLS.
+        tls: folder of the certificate that workers reached by TCP see; None for plaintext.
 
     Raises:
         MeshError: the model, the request or a worker is no good.
@@ -63,6 +67,7 @@ async def start_private_mesh(
         listen=workers.coordinator_address,
         workers=workers.addresses,
         insecure=insecure,
+        security=SecuritySettings(tls=tls),
         shards=len(workers.addresses),
         kv_tokens=kv_tokens,
         # Nobody will start another worker here.

@@ -11,7 +11,7 @@ from rich.progress import BarColumn, DownloadColumn, Progress, TaskID, TextColum
 from rich.text import Text
 
 if TYPE_CHECKING:
-    from coordinator.workers.pool import LoadEvent
+    from coordinator.workers.loading import LoadEvent
 
 
 class LoadProgress:

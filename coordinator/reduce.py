@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+from protos import tensor_pb2
 from protos.errors import InvalidArgument, WrongResult
 from protos.tensors import all_finite, decode
 
@@ -11,6 +12,8 @@ if TYPE_CHECKING:
     import torch
 
     from protos.tensor_pb2 import Tensor
+
+_DTYPES = frozenset({tensor_pb2.DTYPE_F32, tensor_pb2.DTYPE_BF16, tensor_pb2.DTYPE_F16, tensor_pb2.DTYPE_INT8_BLOCK32})
 
 
 class PartialSum:
@@ -31,10 +34,12 @@ class PartialSum:
         """Add the next shard's partial, of any wire dtype.
 
         Raises:
-            WrongResult: it has another shape, or not its bytes.
+            WrongResult: it has another shape, not its bytes, or a dtype in which no partial is sent.
 
         """
         shard = len(self._partials)
+        if message.dtype not in _DTYPES:
+            raise WrongResult(f"shard {shard} answered a partial of dtype {message.dtype}", shards=(shard,))
         if tuple(message.shape) != self._shape:
             raise WrongResult(f"shard {shard} answered a partial of shape {list(message.shape)}, wanted {list(self._shape)}")
         try:
@@ -61,5 +66,5 @@ class PartialSum:
             raise ValueError("there are no partials to sum")
         if not all_finite(self._total):
             culprits = [shard for shard, partial in enumerate(self._partials) if not all_finite(partial.float())]
-            raise WrongResult(f"the partials of shards {culprits or 'all'} sum to NaN or infinity")
+            raise WrongResult(f"the partials of shards {culprits or 'all'} sum to NaN or infinity", shards=tuple(culprits))
         return self._total

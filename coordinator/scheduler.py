@@ -3,10 +3,14 @@
 A step is `{sequence: rows}`: one notion covers decode rows (one row), prompts, chunks of prompts, and the replay of a journal.
 Decode rows come first, so that running streams never wait for a long prompt; what is left of the row budget goes to prompts in
 order of arrival. When KV pages run out, the youngest sequence gives its pages back and is replayed from its journal later.
+
+A sequence that was in the step when a mesh broke, again and again, is suspected of having broken it. Suspects have steps to
+themselves, one after the other, until each has its next token: so a request that breaks meshes is found, and ends alone.
 """
 
 from __future__ import annotations
 
+from bisect import insort
 from collections import deque
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
@@ -18,6 +22,10 @@ if TYPE_CHECKING:
     from collections.abc import Mapping
 
     from coordinator.sequence import Sequence, SequenceId
+
+
+SUSPECT_AFTER = 2
+"""Strikes after which a sequence has steps to itself."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -78,13 +86,15 @@ class Scheduler:
         self.running: list[Sequence] = []
         self.num_preemptions = 0
         self._released: list[SequenceId] = []
+        # In order of arrival.
+        self._suspects: list[Sequence] = []
 
     def add(self, sequence: Sequence) -> None:
         """Queue a new sequence.
 
         Raises:
             OutOfMemory: it would not fit even if it were alone.
-            QueueFull: `max_waiting` sequences wait already.
+            QueueFull: see `check_room`.
 
         """
         most = sequence.num_tokens + sequence.request.max_tokens
@@ -93,15 +103,28 @@ class Scheduler:
                 f"prompt and completion need up to {most} tokens of KV cache, the mesh has {self.limits.kv_tokens}: "
                 "ask for fewer tokens, or serve with a larger --kv-tokens"
             )
-        if len(self.waiting) >= self.limits.max_waiting:
-            raise QueueFull(f"{len(self.waiting)} requests are waiting already: retry later")
+        self.check_room()
         self.waiting.append(sequence)
+
+    def check_room(self, num_arriving: int = 0) -> None:
+        """Check that one more may wait, beside `num_arriving` that will.
+
+        Raises:
+            QueueFull: `max_waiting` sequences wait already, those not counted that could run.
+
+        """
+        # Many may come between two steps, with seats free for all of them.
+        num_waiting = len(self.waiting) + num_arriving - (self.limits.max_running - len(self.running))
+        if num_waiting >= self.limits.max_waiting:
+            raise QueueFull(f"{num_waiting} requests are waiting already: retry later")
 
     def schedule(self) -> Step | None:
         """Decide the next step; None if there is nothing to do.
 
         Every sequence of the step has its pages afterwards; call `advance` when the workers have done it.
         """
+        if self._suspects:
+            return self._step([self._alone(self._suspects[0])])
         rows: list[Rows] = []
         budget = self.limits.max_rows
         preempted = False
@@ -119,10 +142,7 @@ class Scheduler:
                 break
             rows.append(first)
             budget -= first.num_rows
-        if not rows:
-            return None
-        released, self._released = tuple(self._released), []
-        return Step(tuple(rows), released)
+        return self._step(rows) if rows else None
 
     def advance(self, step: Step, tokens: Mapping[SequenceId, int]) -> None:
         """Record that the workers did `step` and which tokens were drawn; sequences finished meanwhile are passed over."""
@@ -133,12 +153,34 @@ class Scheduler:
             sequence.num_computed = rows.position + rows.num_rows
             if rows.samples:
                 sequence.generated.append(tokens[sequence.id])
+                self._acquit(sequence)
+
+    def strike(self, step: Step) -> list[Sequence]:
+        """Note that a mesh broke in `step`; give those that had it to themselves as suspects, whom nothing excuses any more."""
+        guilty = []
+        for sequence in {rows.sequence.id: rows.sequence for rows in step.rows if not rows.sequence.finished}.values():
+            sequence.strikes += 1
+            if sequence.strikes > SUSPECT_AFTER + 1:
+                guilty.append(sequence)
+            elif sequence.strikes == SUSPECT_AFTER:
+                self._suspects.append(sequence)
+        return guilty
+
+    def take_released(self) -> tuple[SequenceId, ...]:
+        """Give the sequences that the workers must forget before their pages are used again; whoever asks tells them."""
+        released, self._released = tuple(self._released), []
+        return released
+
+    def drop_kv(self, sequence: SequenceId) -> None:
+        """Have the workers forget a sequence in the next step, whose pages its owner has given back."""
+        self._released.append(sequence)
 
     def finish(self, sequence: Sequence) -> None:
         """Take a sequence out, whatever its state, and free its pages. Idempotent."""
         if sequence.finished:
             return
         sequence.finished = True
+        self._acquit(sequence)
         if sequence in self.running:
             self.running.remove(sequence)
             self._release(sequence)
@@ -151,6 +193,25 @@ class Scheduler:
             self._release(sequence)
             self.waiting.appendleft(sequence)
         self.running.clear()
+
+    def _acquit(self, sequence: Sequence) -> None:
+        if sequence.strikes:
+            sequence.strikes = 0
+            if sequence in self._suspects:
+                self._suspects.remove(sequence)
+
+    def _step(self, rows: list[Rows]) -> Step:
+        return Step(tuple(rows), self.take_released())
+
+    def _alone(self, suspect: Sequence) -> Rows:
+        """Give a suspect the whole step, and the pages of whoever is in its way."""
+        if suspect in self.waiting:
+            self.waiting.remove(suspect)
+            insort(self.running, suspect, key=lambda sequence: sequence.id)
+        num_rows = min(suspect.num_pending, self.limits.max_rows)
+        while (pages := self._take_pages(suspect, num_rows)) is None:
+            self._preempt(next(other for other in reversed(self.running) if other is not suspect))
+        return self._rows(suspect, num_rows, pages)
 
     def _extend(self, sequence: Sequence, budget: int, scheduled: list[Rows]) -> tuple[Rows | None, bool]:
         """Give a running sequence rows and pages; preempt younger ones for it, or itself if it is the youngest."""

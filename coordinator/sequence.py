@@ -27,6 +27,8 @@ class Sequence:
     pages: list[int] = field(default_factory=list)
     """KV pages in the order of positions."""
     finished: bool = False
+    strikes: int = 0
+    """Meshes that broke in a step with rows of it since its last token (or since it came)."""
 
     @property
     def num_tokens(self) -> int:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import copy
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -12,15 +13,17 @@ from coordinator.config import QUANTIZATIONS
 from coordinator.intake import read_request
 from coordinator.request import FinishReason, Request
 from coordinator.text.stop_texts import StopTexts
+from coordinator.trace_context import bind_trace
 from protos import generation_pb2, generation_pb2_grpc
-from protos.errors import NotServing
+from protos.errors import MeshError, NotServing
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Sequence
 
     import grpc
 
-    from coordinator.engine import Completion, Engine
+    from coordinator.completion import Completion
+    from coordinator.engine import Engine
     from coordinator.sampler import Choice
     from coordinator.served_model import ServedModel
     from coordinator.status import MeshStatus
@@ -45,9 +48,12 @@ class GenerationService(generation_pb2_grpc.GenerationServicer):
         self, message: generation_pb2.GenerateRequest, context: grpc.aio.ServicerContext
     ) -> AsyncIterator[generation_pb2.GenerateResponse]:
         """Make one completion; see generation.proto."""
-        del context  # its cancellation and deadline end this generator
-        # In a thread: it may take long.
-        request = await asyncio.to_thread(read_request, message, self.model, self.engine.max_tokens)
+        # Cancellation and deadline end this generator; each call has a context of its own, which ends with it.
+        bind_trace(context)
+        with self.engine.arrive():
+            # In a thread: it may take long.
+            request = await asyncio.to_thread(read_request, message, self.model, self.engine.max_tokens)
+        structlog.contextvars.bind_contextvars(request_id=request.request_id)
         text = CompletionText(self.model, message.stop)
         completion = self.engine.submit(request)
         num_tokens = 0
@@ -62,7 +68,7 @@ class GenerationService(generation_pb2_grpc.GenerationServicer):
                 yield generation_pb2.GenerateResponse(delta=_delta(choice, emitted))
                 if text.stopped:
                     # At once: the caller may be slow to take the rest.
-                    completion.cancel()
+                    completion.stop()
                     break
             rest = text.flush()
             # Only now: the rest may complete a stop text.
@@ -70,11 +76,16 @@ class GenerationService(generation_pb2_grpc.GenerationServicer):
             if rest:
                 yield generation_pb2.GenerateResponse(delta=generation_pb2.Delta(text=rest))
             yield generation_pb2.GenerateResponse(finished=_finished(completion, request, reason, num_tokens))
+        except MeshError as error:
+            # A copy: others may end by the same one.
+            told = copy.copy(error)
+            told.details = (generation_pb2.Usage(prompt_tokens=len(request.prompt), completion_tokens=num_tokens),)
+            raise told from None
         finally:
             completion.cancel()
             log.info(
                 "completion ended",
-                request_id=request.request_id,
+                outcome=completion.outcome,
                 prompt_tokens=len(request.prompt),
                 completion_tokens=num_tokens,
             )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -10,9 +11,14 @@ from protos import generation_pb2
 if TYPE_CHECKING:
     from coordinator.engine import Engine
     from coordinator.fanout import Fanout
+    from coordinator.metrics import Metrics
     from coordinator.planning.placement import WorkerReport
     from coordinator.planning.plan import MeshPlan
+    from coordinator.recovery import Recoveries
     from coordinator.workers.pool import WorkerPool
+
+HOTTEST = 16
+"""Experts that are told of."""
 
 
 @dataclass(slots=True)
@@ -22,8 +28,11 @@ class MeshStatus:
     pool: WorkerPool
     plan: MeshPlan
     engine: Engine
+    recoveries: Recoveries
     fanout: Fanout | None = None
     """None while no full mesh serves."""
+    metrics: Metrics | None = None
+    """None where rounds and experts are not counted."""
 
     async def report(self) -> generation_pb2.GetMeshResponse:
         """Ask all workers and add up."""
@@ -40,6 +49,9 @@ class MeshStatus:
             num_shards=len(self.plan.shards),
             workers=workers.values(),
             load=self._load(),
+            recovery=self._recovery(),
+            proven_ago_ns=time.monotonic_ns() - self.engine.proven_ns if self.engine.proven_ns else 0,
+            hottest_experts=self._hottest_experts(),
         )
 
     def _worker(self, report: WorkerReport) -> generation_pb2.MeshWorker:
@@ -60,7 +72,23 @@ class MeshStatus:
             kv_bytes=described.kv_bytes,
             peak_rss_bytes=described.peak_rss_bytes,
             plan_digest=described.held.plan_digest,
+            rounds=self._rounds(report.address),
         )
+
+    def _rounds(self, address: str) -> generation_pb2.MeshWorkerRounds:
+        if self.metrics is None:
+            return generation_pb2.MeshWorkerRounds()
+        tally = self.metrics.tally.worker(address)
+        return generation_pb2.MeshWorkerRounds(
+            compute_ns=tally.compute_ns, queue_ns=tally.queue_ns, wire_ns=tally.wire_ns, wait_ns=tally.wait_ns
+        )
+
+    def _hottest_experts(self) -> list[generation_pb2.ExpertHeat]:
+        hottest = self.metrics.heat.hottest(HOTTEST) if self.metrics else []
+        return [
+            generation_pb2.ExpertHeat(layer=one.layer, expert=one.expert, share=one.share, over_mean=one.over_mean)
+            for one in hottest
+        ]
 
     def _load(self) -> generation_pb2.MeshLoad:
         scheduler, statistics = self.engine.scheduler, self.engine.statistics
@@ -75,3 +103,11 @@ class MeshStatus:
             completion_tokens=statistics.completion_tokens,
             preemptions=scheduler.num_preemptions,
         )
+
+    def _recovery(self) -> generation_pb2.MeshRecovery:
+        message = generation_pb2.MeshRecovery(failures=self.recoveries.failures, recoveries=self.recoveries.count)
+        if latest := self.recoveries.latest:
+            message.last_failure = latest.failure
+            message.last_detect_ns, message.last_assemble_ns = latest.detect_ns, latest.assemble_ns
+            message.last_canary_ns, message.last_replay_ns = latest.canary_ns, latest.replay_ns
+        return message

@@ -43,6 +43,8 @@ _PEER_IS_GONE = (
     grpc.StatusCode.DEADLINE_EXCEEDED,
     grpc.StatusCode.CANCELLED,
     grpc.StatusCode.UNKNOWN,
+    # What grpc.aio makes of a write into a connection that breaks just then; our own INTERNAL has a reason.
+    grpc.StatusCode.INTERNAL,
 )
 
 
@@ -64,6 +66,8 @@ class MeshError(Exception):
         """
         super().__init__(text)
         self.shards = shards
+        self.details: tuple[Message, ...] = ()
+        """Further messages for the status that a caller gets."""
 
 
 class InvalidArgument(MeshError):
@@ -213,6 +217,7 @@ def to_status(error: MeshError) -> grpc.Status:
         delay = duration_pb2.Duration()
         delay.FromNanoseconds(int(error.retry_s * 1e9))
         details.append(error_details_pb2.RetryInfo(retry_delay=delay))
+    details += error.details
     number: int = error.code.value[0]
     return rpc_status.to_status(
         status_pb2.Status(code=number, message=_shorten(str(error)), details=[_pack(one) for one in details])

@@ -192,7 +192,7 @@ class GetMeshRequest(_message.Message):
     def __init__(self) -> None: ...
 
 class MeshWorker(_message.Message):
-    __slots__ = ("address", "reachable", "error", "serving", "shard", "version", "device", "num_threads", "memory_total_bytes", "memory_free_bytes", "weights_bytes", "kv_bytes", "peak_rss_bytes", "plan_digest", "kernels")
+    __slots__ = ("address", "reachable", "error", "serving", "shard", "version", "device", "num_threads", "memory_total_bytes", "memory_free_bytes", "weights_bytes", "kv_bytes", "peak_rss_bytes", "plan_digest", "kernels", "rounds")
     ADDRESS_FIELD_NUMBER: _ClassVar[int]
     REACHABLE_FIELD_NUMBER: _ClassVar[int]
     ERROR_FIELD_NUMBER: _ClassVar[int]
@@ -208,6 +208,7 @@ class MeshWorker(_message.Message):
     PEAK_RSS_BYTES_FIELD_NUMBER: _ClassVar[int]
     PLAN_DIGEST_FIELD_NUMBER: _ClassVar[int]
     KERNELS_FIELD_NUMBER: _ClassVar[int]
+    ROUNDS_FIELD_NUMBER: _ClassVar[int]
     address: str
     reachable: bool
     error: str
@@ -223,7 +224,32 @@ class MeshWorker(_message.Message):
     peak_rss_bytes: int
     plan_digest: bytes
     kernels: str
-    def __init__(self, address: _Optional[str] = ..., reachable: _Optional[bool] = ..., error: _Optional[str] = ..., serving: _Optional[bool] = ..., shard: _Optional[int] = ..., version: _Optional[str] = ..., device: _Optional[str] = ..., num_threads: _Optional[int] = ..., memory_total_bytes: _Optional[int] = ..., memory_free_bytes: _Optional[int] = ..., weights_bytes: _Optional[int] = ..., kv_bytes: _Optional[int] = ..., peak_rss_bytes: _Optional[int] = ..., plan_digest: _Optional[bytes] = ..., kernels: _Optional[str] = ...) -> None: ...
+    rounds: MeshWorkerRounds
+    def __init__(self, address: _Optional[str] = ..., reachable: _Optional[bool] = ..., error: _Optional[str] = ..., serving: _Optional[bool] = ..., shard: _Optional[int] = ..., version: _Optional[str] = ..., device: _Optional[str] = ..., num_threads: _Optional[int] = ..., memory_total_bytes: _Optional[int] = ..., memory_free_bytes: _Optional[int] = ..., weights_bytes: _Optional[int] = ..., kv_bytes: _Optional[int] = ..., peak_rss_bytes: _Optional[int] = ..., plan_digest: _Optional[bytes] = ..., kernels: _Optional[str] = ..., rounds: _Optional[_Union[MeshWorkerRounds, _Mapping]] = ...) -> None: ...
+
+class MeshWorkerRounds(_message.Message):
+    __slots__ = ("compute_ns", "queue_ns", "wire_ns", "wait_ns")
+    COMPUTE_NS_FIELD_NUMBER: _ClassVar[int]
+    QUEUE_NS_FIELD_NUMBER: _ClassVar[int]
+    WIRE_NS_FIELD_NUMBER: _ClassVar[int]
+    WAIT_NS_FIELD_NUMBER: _ClassVar[int]
+    compute_ns: int
+    queue_ns: int
+    wire_ns: int
+    wait_ns: int
+    def __init__(self, compute_ns: _Optional[int] = ..., queue_ns: _Optional[int] = ..., wire_ns: _Optional[int] = ..., wait_ns: _Optional[int] = ...) -> None: ...
+
+class ExpertHeat(_message.Message):
+    __slots__ = ("layer", "expert", "share", "over_mean")
+    LAYER_FIELD_NUMBER: _ClassVar[int]
+    EXPERT_FIELD_NUMBER: _ClassVar[int]
+    SHARE_FIELD_NUMBER: _ClassVar[int]
+    OVER_MEAN_FIELD_NUMBER: _ClassVar[int]
+    layer: int
+    expert: int
+    share: float
+    over_mean: float
+    def __init__(self, layer: _Optional[int] = ..., expert: _Optional[int] = ..., share: _Optional[float] = ..., over_mean: _Optional[float] = ...) -> None: ...
 
 class MeshLoad(_message.Message):
     __slots__ = ("running", "waiting", "used_pages", "total_pages", "page_tokens", "steps", "prompt_tokens", "completion_tokens", "preemptions")
@@ -247,18 +273,49 @@ class MeshLoad(_message.Message):
     preemptions: int
     def __init__(self, running: _Optional[int] = ..., waiting: _Optional[int] = ..., used_pages: _Optional[int] = ..., total_pages: _Optional[int] = ..., page_tokens: _Optional[int] = ..., steps: _Optional[int] = ..., prompt_tokens: _Optional[int] = ..., completion_tokens: _Optional[int] = ..., preemptions: _Optional[int] = ...) -> None: ...
 
+class MeshRecovery(_message.Message):
+    __slots__ = ("failures", "recoveries", "last_failure", "last_detect_ns", "last_assemble_ns", "last_canary_ns", "last_replay_ns")
+    class FailuresEntry(_message.Message):
+        __slots__ = ("key", "value")
+        KEY_FIELD_NUMBER: _ClassVar[int]
+        VALUE_FIELD_NUMBER: _ClassVar[int]
+        key: str
+        value: int
+        def __init__(self, key: _Optional[str] = ..., value: _Optional[int] = ...) -> None: ...
+    FAILURES_FIELD_NUMBER: _ClassVar[int]
+    RECOVERIES_FIELD_NUMBER: _ClassVar[int]
+    LAST_FAILURE_FIELD_NUMBER: _ClassVar[int]
+    LAST_DETECT_NS_FIELD_NUMBER: _ClassVar[int]
+    LAST_ASSEMBLE_NS_FIELD_NUMBER: _ClassVar[int]
+    LAST_CANARY_NS_FIELD_NUMBER: _ClassVar[int]
+    LAST_REPLAY_NS_FIELD_NUMBER: _ClassVar[int]
+    failures: _containers.ScalarMap[str, int]
+    recoveries: int
+    last_failure: str
+    last_detect_ns: int
+    last_assemble_ns: int
+    last_canary_ns: int
+    last_replay_ns: int
+    def __init__(self, failures: _Optional[_Mapping[str, int]] = ..., recoveries: _Optional[int] = ..., last_failure: _Optional[str] = ..., last_detect_ns: _Optional[int] = ..., last_assemble_ns: _Optional[int] = ..., last_canary_ns: _Optional[int] = ..., last_replay_ns: _Optional[int] = ...) -> None: ...
+
 class GetMeshResponse(_message.Message):
-    __slots__ = ("serving", "plan_digest", "epoch", "num_shards", "workers", "load")
+    __slots__ = ("serving", "plan_digest", "epoch", "num_shards", "workers", "load", "recovery", "proven_ago_ns", "hottest_experts")
     SERVING_FIELD_NUMBER: _ClassVar[int]
     PLAN_DIGEST_FIELD_NUMBER: _ClassVar[int]
     EPOCH_FIELD_NUMBER: _ClassVar[int]
     NUM_SHARDS_FIELD_NUMBER: _ClassVar[int]
     WORKERS_FIELD_NUMBER: _ClassVar[int]
     LOAD_FIELD_NUMBER: _ClassVar[int]
+    RECOVERY_FIELD_NUMBER: _ClassVar[int]
+    PROVEN_AGO_NS_FIELD_NUMBER: _ClassVar[int]
+    HOTTEST_EXPERTS_FIELD_NUMBER: _ClassVar[int]
     serving: bool
     plan_digest: bytes
     epoch: int
     num_shards: int
     workers: _containers.RepeatedCompositeFieldContainer[MeshWorker]
     load: MeshLoad
-    def __init__(self, serving: _Optional[bool] = ..., plan_digest: _Optional[bytes] = ..., epoch: _Optional[int] = ..., num_shards: _Optional[int] = ..., workers: _Optional[_Iterable[_Union[MeshWorker, _Mapping]]] = ..., load: _Optional[_Union[MeshLoad, _Mapping]] = ...) -> None: ...
+    recovery: MeshRecovery
+    proven_ago_ns: int
+    hottest_experts: _containers.RepeatedCompositeFieldContainer[ExpertHeat]
+    def __init__(self, serving: _Optional[bool] = ..., plan_digest: _Optional[bytes] = ..., epoch: _Optional[int] = ..., num_shards: _Optional[int] = ..., workers: _Optional[_Iterable[_Union[MeshWorker, _Mapping]]] = ..., load: _Optional[_Union[MeshLoad, _Mapping]] = ..., recovery: _Optional[_Union[MeshRecovery, _Mapping]] = ..., proven_ago_ns: _Optional[int] = ..., hottest_experts: _Optional[_Iterable[_Union[ExpertHeat, _Mapping]]] = ...) -> None: ...

@@ -58,7 +58,8 @@ class GenerationServicer:
 
     def Generate(self, request, context):
         """One completion: `accepted`, then deltas, then exactly one `finished`, or an error status. Cancelling the call stops the
-        work within one step.
+        work within one step. After `accepted`, the status's details hold a `Usage` of what was made until then; where trying
+        again helps, they hold a `google.rpc.RetryInfo`.
         INVALID_ARGUMENT: a field out of range, a prompt beyond the context. RESOURCE_EXHAUSTED: the queue is full.
         UNAVAILABLE: no full mesh; retry. DEADLINE_EXCEEDED, CANCELLED: the caller's doing.
         """

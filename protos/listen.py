@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 _CONNECT_DEADLINE_S = 1.0
 
 
-async def bind(server: grpc.aio.Server, address: str) -> str:
+async def bind(server: grpc.aio.Server, address: str, credentials: grpc.ServerCredentials | None = None) -> str:
     """Bind a server that is not started yet; return the address with the port that was really taken.
 
     A socket file gets mode 0600. One that nobody listens on any more is replaced.
@@ -25,6 +25,7 @@ async def bind(server: grpc.aio.Server, address: str) -> str:
     Args:
         server: to be bound.
         address: checked by `protos.rpc.check_address`.
+        credentials: of TLS, for TCP; a socket file has none.
 
     Raises:
         InvalidArgument: the address is in use or cannot be taken.
@@ -35,11 +36,11 @@ async def bind(server: grpc.aio.Server, address: str) -> str:
         await _clear(path)
         before = os.umask(0o177)
         try:
-            _add_port(server, address)
+            _add_port(server, address, None)
         finally:
             os.umask(before)
         return address
-    port = _add_port(server, address)
+    port = _add_port(server, address, credentials)
     return f"{address.rpartition(':')[0]}:{port}"
 
 
@@ -49,9 +50,9 @@ def unbind(address: str) -> None:
         Path(address.removeprefix("unix:")).unlink(missing_ok=True)
 
 
-def _add_port(server: grpc.aio.Server, address: str) -> int:
+def _add_port(server: grpc.aio.Server, address: str, credentials: grpc.ServerCredentials | None) -> int:
     try:
-        port: int = server.add_insecure_port(address)
+        port: int = server.add_secure_port(address, credentials) if credentials else server.add_insecure_port(address)
     except RuntimeError:
         port = 0
     if not port:

@@ -6,7 +6,7 @@ import re
 
 from protos.errors import InvalidArgument
 
-PROTOCOL_VERSION = 2
+PROTOCOL_VERSION = 3
 """Raised whenever a message of `shardworker.proto` or `plan.proto` changes its meaning."""
 
 MAX_WORKER_REQUEST_BYTES = 64 * 1024 * 1024
@@ -24,9 +24,25 @@ MAX_CANDIDATES = 1024
 MAX_CONCURRENT_STREAMS = 1024
 """Calls that one connection may have open at once."""
 
+HANDSHAKE_MS = 10_000
+"""Longest that a connection may take until it speaks TLS and HTTP/2."""
+
 DESCRIBE_DEADLINE_S = 5.0
-LOAD_SILENCE_S = 60.0
-"""Longest that a loading worker may send no progress."""
+LOAD_SILENCE_S = 20.0
+"""Longest that a loading worker may send nothing; it sends a few messages a second, whether there is progress or not."""
+LOAD_STALL_S = 300.0
+"""Longest that a loading worker may make no progress: its disk or network hangs."""
+MAX_SUPPLY_BYTES = 8 * 1024 * 1024
+"""Most bytes of a checkpoint in one message to a loading worker."""
+SUPPLY_SILENCE_S = 60.0
+"""Longest that a loading worker waits for bytes that it asked its coordinator for."""
+WARM_DEADLINE_S = 600.0
+"""Longest that a spare may take to read the model's files."""
+
+CANARY_S = 15.0
+"""An idle coordinator sends a token through the mesh this often: a proof that it serves, and a sign of life to the workers."""
+LEASE_S = 4 * CANARY_S
+"""A worker ends a session that was silent for so long, and frees its KV: four signs of life were missed."""
 
 KEEPALIVE_MS = 20_000
 _KEEPALIVE = [
@@ -37,9 +53,13 @@ _KEEPALIVE = [
 ]
 
 
-def round_deadline_s(num_rows: int) -> float:
-    """Longest that one round of a step may take on the slowest worker, seconds."""
-    return 10.0 + 0.25 * num_rows
+ROUND_TIMEOUT_S = 10.0
+"""Longest that a round of a few rows may take on the slowest worker, unless the coordinator was told otherwise."""
+
+
+def round_deadline_s(timeout_s: float, num_rows: int) -> float:
+    """Longest that one round may take on the slowest worker, seconds: `timeout_s`, and more for many rows."""
+    return timeout_s * (1 + num_rows / 40)
 
 
 def channel_options(*, max_send_bytes: int, max_receive_bytes: int) -> list[tuple[str, int]]:
@@ -63,6 +83,8 @@ def server_options(*, max_send_bytes: int, max_receive_bytes: int) -> list[tuple
         ("grpc.max_send_message_length", max_send_bytes),
         ("grpc.max_receive_message_length", max_receive_bytes),
         ("grpc.max_concurrent_streams", MAX_CONCURRENT_STREAMS),
+        # Who connects and says nothing is not kept for gRPC's two minutes.
+        ("grpc.server_handshake_timeout_ms", HANDSHAKE_MS),
         ("grpc.http2.min_ping_interval_without_data_ms", KEEPALIVE_MS // 2),
         # Two daemons on one port would share its connections at random.
         ("grpc.so_reuseport", 0),
@@ -75,12 +97,13 @@ _UNIX_PATH_LIMIT = 107  # sockaddr_un's, less the closing zero
 _HOST_PORT = re.compile(r"(?P<host>\[[0-9a-fA-F:.%]+\]|[^\s:/\[\]]+):(?P<port>[0-9]{1,5})")
 
 
-def check_address(address: str, *, insecure: bool) -> str:
+def check_address(address: str, *, insecure: bool, tls: bool = False) -> str:
     """Return the address of a listener or peer unchanged if it may be used.
 
     Args:
         address: `host:port`, `[ipv6]:port` or `unix:PATH`.
         insecure: whether plain TCP was asked for.
+        tls: whether TCP goes by TLS here.
 
     Raises:
         InvalidArgument: not an address, or TCP without TLS that nobody asked for.
@@ -94,6 +117,20 @@ def check_address(address: str, *, insecure: bool) -> str:
     match = _HOST_PORT.fullmatch(address)
     if not match or int(match["port"]) >= _PORT_LIMIT:
         raise InvalidArgument(f"address {address!r} is neither HOST:PORT nor unix:PATH")
-    if not insecure:
-        raise InvalidArgument(f"address {address} is TCP without TLS: say --insecure to allow that, or use a unix: socket")
+    if not insecure and not tls:
+        raise InvalidArgument(
+            f"address {address} is TCP without TLS: say --insecure to allow that, or use --tls DIR or a unix: socket"
+        )
     return address
+
+
+def check_metrics_address(address: str) -> str:
+    """Return the address of a listener for metrics unchanged if it may be used; it needs no --insecure: only numbers are there.
+
+    Raises:
+        InvalidArgument: not an address, or a socket file, which Prometheus cannot scrape.
+
+    """
+    if address.startswith("unix:"):
+        raise InvalidArgument(f"--metrics-listen must be HOST:PORT, which Prometheus can scrape, found {address}")
+    return check_address(address, insecure=True)

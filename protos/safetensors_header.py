@@ -29,6 +29,9 @@ _DTYPE_BITS = {
     "I64": 64, "U64": 64,
 }  # fmt: skip
 
+MAX_NAME = 1024
+"""Characters of a tensor's name: messages show it."""
+
 _MAX_DIMENSIONS = 8
 _MAX_DIMENSION = 2**48
 _MAX_OFFSET = 2**63 - 1
@@ -93,7 +96,7 @@ def parse_header(header: bytes, file_bytes: int, *, file: str, source: str) -> d
     """
     start = LENGTH_BYTES + len(header)
     entries = {
-        name: _entry(f"{source}: header: tensor {name!r}", name, file, start, value)
+        name: _entry(source, name, file, start, value)
         for name, value in parse_object(header, f"{source}: header").items()
         if name != "__metadata__"
     }
@@ -101,8 +104,11 @@ def parse_header(header: bytes, file_bytes: int, *, file: str, source: str) -> d
     return entries
 
 
-def _entry(where: str, name: str, file: str, start: int, value: object) -> TensorEntry:
+def _entry(source: str, name: str, file: str, start: int, value: object) -> TensorEntry:
     """Check one tensor of a header by itself."""
+    if len(name) > MAX_NAME:
+        raise ModelError(f"{source}: header: the name of a tensor has {len(name)} characters, at most {MAX_NAME} are read")
+    where = f"{source}: header: tensor {name!r}"
     fields = value if isinstance(value, dict) else {}
     dtype = fields.get("dtype")
     if not isinstance(dtype, str) or dtype not in _DTYPE_BITS:

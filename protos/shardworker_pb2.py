@@ -26,15 +26,15 @@ from protos import plan_pb2 as protos_dot_plan__pb2
 from protos import tensor_pb2 as protos_dot_tensor__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x18protos/shardworker.proto\x12\x0cshardmesh.v1\x1a\x11protos/plan.proto\x1a\x13protos/tensor.proto\"h\n\x04Held\x12(\n\x05state\x18\x01 \x01(\x0e\x32\x19.shardmesh.v1.WorkerState\x12\x13\n\x0bplan_digest\x18\x02 \x01(\x0c\x12\r\n\x05shard\x18\x03 \x01(\r\x12\x12\n\nassignment\x18\x04 \x01(\x04\"\x11\n\x0f\x44\x65scribeRequest\"\xa3\x02\n\x10\x44\x65scribeResponse\x12\x18\n\x10protocol_version\x18\x01 \x01(\r\x12\x0f\n\x07version\x18\x02 \x01(\t\x12 \n\x04held\x18\x03 \x01(\x0b\x32\x12.shardmesh.v1.Held\x12\x0e\n\x06\x64\x65vice\x18\x04 \x01(\t\x12\x13\n\x0bnum_threads\x18\x05 \x01(\r\x12\x1a\n\x12memory_total_bytes\x18\x06 \x01(\x04\x12\x19\n\x11memory_free_bytes\x18\x07 \x01(\x04\x12\x15\n\rweights_bytes\x18\x08 \x01(\x04\x12\x16\n\x0epeak_rss_bytes\x18\t \x01(\x04\x12\x14\n\x0cnum_sessions\x18\n \x01(\r\x12\x10\n\x08kv_bytes\x18\x0b \x01(\x04\x12\x0f\n\x07kernels\x18\x0c \x01(\t\"\x8c\x01\n\x0bLoadRequest\x12\x18\n\x10protocol_version\x18\x01 \x01(\r\x12%\n\x04plan\x18\x02 \x01(\x0b\x32\x17.shardmesh.v1.ShardPlan\x12\x15\n\rshard_digests\x18\x03 \x03(\x0c\x12\x12\n\nassignment\x18\x04 \x01(\x04\x12\x11\n\tdirectory\x18\x05 \x01(\t\"9\n\x0cLoadProgress\x12\x14\n\x0cloaded_bytes\x18\x01 \x01(\x04\x12\x13\n\x0btotal_bytes\x18\x02 \x01(\x04\"h\n\x06Loaded\x12 \n\x04held\x18\x01 \x01(\x0b\x32\x12.shardmesh.v1.Held\x12\x15\n\rweights_bytes\x18\x02 \x01(\x04\x12\x14\n\x0c\x61lready_held\x18\x03 \x01(\x08\x12\x0f\n\x07load_ns\x18\x04 \x01(\x04\"o\n\x0cLoadResponse\x12.\n\x08progress\x18\x01 \x01(\x0b\x32\x1a.shardmesh.v1.LoadProgressH\x00\x12&\n\x06loaded\x18\x02 \x01(\x0b\x32\x14.shardmesh.v1.LoadedH\x00\x42\x07\n\x05\x65vent\"$\n\x0eReleaseRequest\x12\x12\n\nassignment\x18\x01 \x01(\x04\"3\n\x0fReleaseResponse\x12 \n\x04held\x18\x01 \x01(\x0b\x32\x12.shardmesh.v1.Held\"\xcc\x02\n\x0e\x45xecuteRequest\x12\x13\n\x0bplan_digest\x18\x01 \x01(\x0c\x12\r\n\x05\x65poch\x18\x02 \x01(\x04\x12\x0c\n\x04step\x18\x03 \x01(\x04\x12\r\n\x05round\x18\x04 \x01(\x04\x12\"\n\x05\x62\x61tch\x18\x05 \x01(\x0b\x32\x13.shardmesh.v1.Batch\x12\"\n\x04open\x18\x06 \x01(\x0b\x32\x12.shardmesh.v1.OpenH\x00\x12(\n\x07project\x18\x07 \x01(\x0b\x32\x15.shardmesh.v1.ProjectH\x00\x12&\n\x06\x61ttend\x18\x08 \x01(\x0b\x32\x14.shardmesh.v1.AttendH\x00\x12\x31\n\x0c\x66\x65\x65\x64_forward\x18\t \x01(\x0b\x32\x19.shardmesh.v1.FeedForwardH\x00\x12\"\n\x04head\x18\n \x01(\x0b\x32\x12.shardmesh.v1.HeadH\x00\x42\x08\n\x06\x61\x63tion\"H\n\x04Open\x12\x18\n\x10protocol_version\x18\x01 \x01(\r\x12\x11\n\tnum_pages\x18\x02 \x01(\r\x12\x13\n\x0b\x63oordinator\x18\x03 \x01(\x0c\"H\n\x05\x42\x61tch\x12-\n\tsequences\x18\x01 \x03(\x0b\x32\x1a.shardmesh.v1.SequenceRows\x12\x10\n\x08released\x18\x02 \x03(\x04\"j\n\x0cSequenceRows\x12\x10\n\x08sequence\x18\x01 \x01(\x04\x12\x10\n\x08position\x18\x02 \x01(\r\x12\x10\n\x08num_rows\x18\x03 \x01(\r\x12\r\n\x05pages\x18\x04 \x03(\r\x12\x15\n\rprompt_tokens\x18\x05 \x01(\r\">\n\x07Project\x12\r\n\x05layer\x18\x01 \x01(\r\x12$\n\x06hidden\x18\x02 \x01(\x0b\x32\x14.shardmesh.v1.Tensor\"d\n\x06\x41ttend\x12\r\n\x05layer\x18\x01 \x01(\r\x12$\n\x06hidden\x18\x02 \x01(\x0b\x32\x14.shardmesh.v1.Tensor\x12%\n\x07squares\x18\x03 \x01(\x0b\x32\x14.shardmesh.v1.Tensor\"\xc5\x01\n\x0b\x46\x65\x65\x64\x46orward\x12\r\n\x05layer\x18\x01 \x01(\r\x12$\n\x06hidden\x18\x02 \x01(\x0b\x32\x14.shardmesh.v1.Tensor\x12%\n\x07\x65xperts\x18\x03 \x01(\x0b\x32\x14.shardmesh.v1.Tensor\x12,\n\x0e\x65xpert_weights\x18\x04 \x01(\x0b\x32\x14.shardmesh.v1.Tensor\x12,\n\x0eshared_weights\x18\x05 \x01(\x0b\x32\x14.shardmesh.v1.Tensor\"j\n\x04Head\x12$\n\x06hidden\x18\x01 \x01(\x0b\x32\x14.shardmesh.v1.Tensor\x12\x16\n\x0enum_candidates\x18\x02 \x01(\r\x12\x14\n\x0ctemperatures\x18\x03 \x03(\x01\x12\x0e\n\x06logits\x18\x04 \x01(\x08\"\x85\x01\n\nHeadResult\x12(\n\ncandidates\x18\x01 \x01(\x0b\x32\x14.shardmesh.v1.Tensor\x12$\n\x06logits\x18\x02 \x01(\x0b\x32\x14.shardmesh.v1.Tensor\x12\'\n\tlogsumexp\x18\x03 \x01(\x0b\x32\x14.shardmesh.v1.Tensor\"<\n\x06Opened\x12 \n\x04held\x18\x01 \x01(\x0b\x32\x12.shardmesh.v1.Held\x12\x10\n\x08kv_bytes\x18\x02 \x01(\x04\"|\n\x05\x46\x61ult\x12\x0c\n\x04\x63ode\x18\x01 \x01(\r\x12\x0e\n\x06reason\x18\x02 \x01(\t\x12\x0f\n\x07message\x18\x03 \x01(\t\x12 \n\x04held\x18\x04 \x01(\x0b\x32\x12.shardmesh.v1.Held\x12\x10\n\x08sequence\x18\x05 \x01(\x04\x12\x10\n\x08position\x18\x06 \x01(\r\"\xc6\x02\n\x0f\x45xecuteResponse\x12\x0c\n\x04step\x18\x01 \x01(\x04\x12\r\n\x05round\x18\x02 \x01(\x04\x12\r\n\x05\x65poch\x18\x03 \x01(\x04\x12\r\n\x05shard\x18\x04 \x01(\r\x12\x12\n\ncompute_ns\x18\x05 \x01(\x04\x12\x10\n\x08queue_ns\x18\x06 \x01(\x04\x12&\n\x06opened\x18\x07 \x01(\x0b\x32\x14.shardmesh.v1.OpenedH\x00\x12\'\n\x07partial\x18\x08 \x01(\x0b\x32\x14.shardmesh.v1.TensorH\x00\x12\'\n\x07squares\x18\t \x01(\x0b\x32\x14.shardmesh.v1.TensorH\x00\x12(\n\x04head\x18\n \x01(\x0b\x32\x18.shardmesh.v1.HeadResultH\x00\x12$\n\x05\x66\x61ult\x18\x0b \x01(\x0b\x32\x13.shardmesh.v1.FaultH\x00\x42\x08\n\x06result*v\n\x0bWorkerState\x12\x1c\n\x18WORKER_STATE_UNSPECIFIED\x10\x00\x12\x16\n\x12WORKER_STATE_EMPTY\x10\x01\x12\x18\n\x14WORKER_STATE_LOADING\x10\x02\x12\x17\n\x13WORKER_STATE_LOADED\x10\x03\x32\xad\x02\n\x0bShardWorker\x12I\n\x08\x44\x65scribe\x12\x1d.shardmesh.v1.DescribeRequest\x1a\x1e.shardmesh.v1.DescribeResponse\x12?\n\x04Load\x12\x19.shardmesh.v1.LoadRequest\x1a\x1a.shardmesh.v1.LoadResponse0\x01\x12J\n\x07\x45xecute\x12\x1c.shardmesh.v1.ExecuteRequest\x1a\x1d.shardmesh.v1.ExecuteResponse(\x01\x30\x01\x12\x46\n\x07Release\x12\x1c.shardmesh.v1.ReleaseRequest\x1a\x1d.shardmesh.v1.ReleaseResponseb\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x18protos/shardworker.proto\x12\x0cshardmesh.v1\x1a\x11protos/plan.proto\x1a\x13protos/tensor.proto\"h\n\x04Held\x12(\n\x05state\x18\x01 \x01(\x0e\x32\x19.shardmesh.v1.WorkerState\x12\x13\n\x0bplan_digest\x18\x02 \x01(\x0c\x12\r\n\x05shard\x18\x03 \x01(\r\x12\x12\n\nassignment\x18\x04 \x01(\x04\"\x11\n\x0f\x44\x65scribeRequest\"\xa3\x02\n\x10\x44\x65scribeResponse\x12\x18\n\x10protocol_version\x18\x01 \x01(\r\x12\x0f\n\x07version\x18\x02 \x01(\t\x12 \n\x04held\x18\x03 \x01(\x0b\x32\x12.shardmesh.v1.Held\x12\x0e\n\x06\x64\x65vice\x18\x04 \x01(\t\x12\x13\n\x0bnum_threads\x18\x05 \x01(\r\x12\x1a\n\x12memory_total_bytes\x18\x06 \x01(\x04\x12\x19\n\x11memory_free_bytes\x18\x07 \x01(\x04\x12\x15\n\rweights_bytes\x18\x08 \x01(\x04\x12\x16\n\x0epeak_rss_bytes\x18\t \x01(\x04\x12\x14\n\x0cnum_sessions\x18\n \x01(\r\x12\x10\n\x08kv_bytes\x18\x0b \x01(\x04\x12\x0f\n\x07kernels\x18\x0c \x01(\t\"\x9e\x01\n\x0bLoadRequest\x12\x18\n\x10protocol_version\x18\x01 \x01(\r\x12%\n\x04plan\x18\x02 \x01(\x0b\x32\x17.shardmesh.v1.ShardPlan\x12\x15\n\rshard_digests\x18\x03 \x03(\x0c\x12\x12\n\nassignment\x18\x04 \x01(\x04\x12\x11\n\tdirectory\x18\x05 \x01(\t\x12\x10\n\x08supplied\x18\x06 \x01(\x08\"9\n\x0cLoadProgress\x12\x14\n\x0cloaded_bytes\x18\x01 \x01(\x04\x12\x13\n\x0btotal_bytes\x18\x02 \x01(\x04\"h\n\x06Loaded\x12 \n\x04held\x18\x01 \x01(\x0b\x32\x12.shardmesh.v1.Held\x12\x15\n\rweights_bytes\x18\x02 \x01(\x04\x12\x14\n\x0c\x61lready_held\x18\x03 \x01(\x08\x12\x0f\n\x07load_ns\x18\x04 \x01(\x04\"o\n\x0cLoadResponse\x12.\n\x08progress\x18\x01 \x01(\x0b\x32\x1a.shardmesh.v1.LoadProgressH\x00\x12&\n\x06loaded\x18\x02 \x01(\x0b\x32\x14.shardmesh.v1.LoadedH\x00\x42\x07\n\x05\x65vent\"t\n\rSupplyRequest\x12*\n\x05offer\x18\x01 \x01(\x0b\x32\x19.shardmesh.v1.SupplyOfferH\x00\x12,\n\x05\x62ytes\x18\x02 \x01(\x0b\x32\x1b.shardmesh.v1.SuppliedBytesH\x00\x42\t\n\x07message\"K\n\x0bSupplyOffer\x12\x18\n\x10protocol_version\x18\x01 \x01(\r\x12\x13\n\x0bplan_digest\x18\x02 \x01(\x0c\x12\r\n\x05shard\x18\x03 \x01(\r\"<\n\rSuppliedBytes\x12\x0e\n\x06number\x18\x01 \x01(\x04\x12\x0c\n\x04\x64\x61ta\x18\x02 \x01(\x0c\x12\r\n\x05\x65rror\x18\x03 \x01(\t\"l\n\x0eSupplyResponse\x12\x0e\n\x06number\x18\x01 \x01(\x04\x12\x0c\n\x04\x66ile\x18\x02 \x01(\t\x12\x0e\n\x06offset\x18\x03 \x01(\x04\x12\x0e\n\x06length\x18\x04 \x01(\x04\x12\r\n\x05\x63ount\x18\x05 \x01(\x04\x12\r\n\x05pitch\x18\x06 \x01(\x04\"g\n\x0bWarmRequest\x12\x18\n\x10protocol_version\x18\x01 \x01(\r\x12\x11\n\tdirectory\x18\x02 \x01(\t\x12+\n\x05\x66iles\x18\x03 \x03(\x0b\x32\x1c.shardmesh.v1.CheckpointFile\"\"\n\x0cWarmResponse\x12\x12\n\nfile_bytes\x18\x01 \x01(\x04\"$\n\x0eReleaseRequest\x12\x12\n\nassignment\x18\x01 \x01(\x04\"3\n\x0fReleaseResponse\x12 \n\x04held\x18\x01 \x01(\x0b\x32\x12.shardmesh.v1.Held\"\xcc\x02\n\x0e\x45xecuteRequest\x12\x13\n\x0bplan_digest\x18\x01 \x01(\x0c\x12\r\n\x05\x65poch\x18\x02 \x01(\x04\x12\x0c\n\x04step\x18\x03 \x01(\x04\x12\r\n\x05round\x18\x04 \x01(\x04\x12\"\n\x05\x62\x61tch\x18\x05 \x01(\x0b\x32\x13.shardmesh.v1.Batch\x12\"\n\x04open\x18\x06 \x01(\x0b\x32\x12.shardmesh.v1.OpenH\x00\x12(\n\x07project\x18\x07 \x01(\x0b\x32\x15.shardmesh.v1.ProjectH\x00\x12&\n\x06\x61ttend\x18\x08 \x01(\x0b\x32\x14.shardmesh.v1.AttendH\x00\x12\x31\n\x0c\x66\x65\x65\x64_forward\x18\t \x01(\x0b\x32\x19.shardmesh.v1.FeedForwardH\x00\x12\"\n\x04head\x18\n \x01(\x0b\x32\x12.shardmesh.v1.HeadH\x00\x42\x08\n\x06\x61\x63tion\"H\n\x04Open\x12\x18\n\x10protocol_version\x18\x01 \x01(\r\x12\x11\n\tnum_pages\x18\x02 \x01(\r\x12\x13\n\x0b\x63oordinator\x18\x03 \x01(\x0c\"H\n\x05\x42\x61tch\x12-\n\tsequences\x18\x01 \x03(\x0b\x32\x1a.shardmesh.v1.SequenceRows\x12\x10\n\x08released\x18\x02 \x03(\x04\"j\n\x0cSequenceRows\x12\x10\n\x08sequence\x18\x01 \x01(\x04\x12\x10\n\x08position\x18\x02 \x01(\r\x12\x10\n\x08num_rows\x18\x03 \x01(\r\x12\r\n\x05pages\x18\x04 \x03(\r\x12\x15\n\rprompt_tokens\x18\x05 \x01(\r\">\n\x07Project\x12\r\n\x05layer\x18\x01 \x01(\r\x12$\n\x06hidden\x18\x02 \x01(\x0b\x32\x14.shardmesh.v1.Tensor\"d\n\x06\x41ttend\x12\r\n\x05layer\x18\x01 \x01(\r\x12$\n\x06hidden\x18\x02 \x01(\x0b\x32\x14.shardmesh.v1.Tensor\x12%\n\x07squares\x18\x03 \x01(\x0b\x32\x14.shardmesh.v1.Tensor\"\xc5\x01\n\x0b\x46\x65\x65\x64\x46orward\x12\r\n\x05layer\x18\x01 \x01(\r\x12$\n\x06hidden\x18\x02 \x01(\x0b\x32\x14.shardmesh.v1.Tensor\x12%\n\x07\x65xperts\x18\x03 \x01(\x0b\x32\x14.shardmesh.v1.Tensor\x12,\n\x0e\x65xpert_weights\x18\x04 \x01(\x0b\x32\x14.shardmesh.v1.Tensor\x12,\n\x0eshared_weights\x18\x05 \x01(\x0b\x32\x14.shardmesh.v1.Tensor\"j\n\x04Head\x12$\n\x06hidden\x18\x01 \x01(\x0b\x32\x14.shardmesh.v1.Tensor\x12\x16\n\x0enum_candidates\x18\x02 \x01(\r\x12\x14\n\x0ctemperatures\x18\x03 \x03(\x01\x12\x0e\n\x06logits\x18\x04 \x01(\x08\"\x85\x01\n\nHeadResult\x12(\n\ncandidates\x18\x01 \x01(\x0b\x32\x14.shardmesh.v1.Tensor\x12$\n\x06logits\x18\x02 \x01(\x0b\x32\x14.shardmesh.v1.Tensor\x12\'\n\tlogsumexp\x18\x03 \x01(\x0b\x32\x14.shardmesh.v1.Tensor\"<\n\x06Opened\x12 \n\x04held\x18\x01 \x01(\x0b\x32\x12.shardmesh.v1.Held\x12\x10\n\x08kv_bytes\x18\x02 \x01(\x04\"|\n\x05\x46\x61ult\x12\x0c\n\x04\x63ode\x18\x01 \x01(\r\x12\x0e\n\x06reason\x18\x02 \x01(\t\x12\x0f\n\x07message\x18\x03 \x01(\t\x12 \n\x04held\x18\x04 \x01(\x0b\x32\x12.shardmesh.v1.Held\x12\x10\n\x08sequence\x18\x05 \x01(\x04\x12\x10\n\x08position\x18\x06 \x01(\r\"\xc6\x02\n\x0f\x45xecuteResponse\x12\x0c\n\x04step\x18\x01 \x01(\x04\x12\r\n\x05round\x18\x02 \x01(\x04\x12\r\n\x05\x65poch\x18\x03 \x01(\x04\x12\r\n\x05shard\x18\x04 \x01(\r\x12\x12\n\ncompute_ns\x18\x05 \x01(\x04\x12\x10\n\x08queue_ns\x18\x06 \x01(\x04\x12&\n\x06opened\x18\x07 \x01(\x0b\x32\x14.shardmesh.v1.OpenedH\x00\x12\'\n\x07partial\x18\x08 \x01(\x0b\x32\x14.shardmesh.v1.TensorH\x00\x12\'\n\x07squares\x18\t \x01(\x0b\x32\x14.shardmesh.v1.TensorH\x00\x12(\n\x04head\x18\n \x01(\x0b\x32\x18.shardmesh.v1.HeadResultH\x00\x12$\n\x05\x66\x61ult\x18\x0b \x01(\x0b\x32\x13.shardmesh.v1.FaultH\x00\x42\x08\n\x06result*v\n\x0bWorkerState\x12\x1c\n\x18WORKER_STATE_UNSPECIFIED\x10\x00\x12\x16\n\x12WORKER_STATE_EMPTY\x10\x01\x12\x18\n\x14WORKER_STATE_LOADING\x10\x02\x12\x17\n\x13WORKER_STATE_LOADED\x10\x03\x32\xb5\x03\n\x0bShardWorker\x12I\n\x08\x44\x65scribe\x12\x1d.shardmesh.v1.DescribeRequest\x1a\x1e.shardmesh.v1.DescribeResponse\x12?\n\x04Load\x12\x19.shardmesh.v1.LoadRequest\x1a\x1a.shardmesh.v1.LoadResponse0\x01\x12J\n\x07\x45xecute\x12\x1c.shardmesh.v1.ExecuteRequest\x1a\x1d.shardmesh.v1.ExecuteResponse(\x01\x30\x01\x12G\n\x06Supply\x12\x1b.shardmesh.v1.SupplyRequest\x1a\x1c.shardmesh.v1.SupplyResponse(\x01\x30\x01\x12=\n\x04Warm\x12\x19.shardmesh.v1.WarmRequest\x1a\x1a.shardmesh.v1.WarmResponse\x12\x46\n\x07Release\x12\x1c.shardmesh.v1.ReleaseRequest\x1a\x1d.shardmesh.v1.ReleaseResponseb\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
 _builder.BuildTopDescriptorsAndMessages(DESCRIPTOR, 'protos.shardworker_pb2', _globals)
 if not _descriptor._USE_C_DESCRIPTORS:
   DESCRIPTOR._loaded_options = None
-  _globals['_WORKERSTATE']._serialized_start=2731
-  _globals['_WORKERSTATE']._serialized_end=2849
+  _globals['_WORKERSTATE']._serialized_start=3257
+  _globals['_WORKERSTATE']._serialized_end=3375
   _globals['_HELD']._serialized_start=82
   _globals['_HELD']._serialized_end=186
   _globals['_DESCRIBEREQUEST']._serialized_start=188
@@ -42,41 +42,53 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_DESCRIBERESPONSE']._serialized_start=208
   _globals['_DESCRIBERESPONSE']._serialized_end=499
   _globals['_LOADREQUEST']._serialized_start=502
-  _globals['_LOADREQUEST']._serialized_end=642
-  _globals['_LOADPROGRESS']._serialized_start=644
-  _globals['_LOADPROGRESS']._serialized_end=701
-  _globals['_LOADED']._serialized_start=703
-  _globals['_LOADED']._serialized_end=807
-  _globals['_LOADRESPONSE']._serialized_start=809
-  _globals['_LOADRESPONSE']._serialized_end=920
-  _globals['_RELEASEREQUEST']._serialized_start=922
-  _globals['_RELEASEREQUEST']._serialized_end=958
-  _globals['_RELEASERESPONSE']._serialized_start=960
-  _globals['_RELEASERESPONSE']._serialized_end=1011
-  _globals['_EXECUTEREQUEST']._serialized_start=1014
-  _globals['_EXECUTEREQUEST']._serialized_end=1346
-  _globals['_OPEN']._serialized_start=1348
-  _globals['_OPEN']._serialized_end=1420
-  _globals['_BATCH']._serialized_start=1422
-  _globals['_BATCH']._serialized_end=1494
-  _globals['_SEQUENCEROWS']._serialized_start=1496
-  _globals['_SEQUENCEROWS']._serialized_end=1602
-  _globals['_PROJECT']._serialized_start=1604
-  _globals['_PROJECT']._serialized_end=1666
-  _globals['_ATTEND']._serialized_start=1668
-  _globals['_ATTEND']._serialized_end=1768
-  _globals['_FEEDFORWARD']._serialized_start=1771
-  _globals['_FEEDFORWARD']._serialized_end=1968
-  _globals['_HEAD']._serialized_start=1970
-  _globals['_HEAD']._serialized_end=2076
-  _globals['_HEADRESULT']._serialized_start=2079
-  _globals['_HEADRESULT']._serialized_end=2212
-  _globals['_OPENED']._serialized_start=2214
-  _globals['_OPENED']._serialized_end=2274
-  _globals['_FAULT']._serialized_start=2276
-  _globals['_FAULT']._serialized_end=2400
-  _globals['_EXECUTERESPONSE']._serialized_start=2403
-  _globals['_EXECUTERESPONSE']._serialized_end=2729
-  _globals['_SHARDWORKER']._serialized_start=2852
-  _globals['_SHARDWORKER']._serialized_end=3153
+  _globals['_LOADREQUEST']._serialized_end=660
+  _globals['_LOADPROGRESS']._serialized_start=662
+  _globals['_LOADPROGRESS']._serialized_end=719
+  _globals['_LOADED']._serialized_start=721
+  _globals['_LOADED']._serialized_end=825
+  _globals['_LOADRESPONSE']._serialized_start=827
+  _globals['_LOADRESPONSE']._serialized_end=938
+  _globals['_SUPPLYREQUEST']._serialized_start=940
+  _globals['_SUPPLYREQUEST']._serialized_end=1056
+  _globals['_SUPPLYOFFER']._serialized_start=1058
+  _globals['_SUPPLYOFFER']._serialized_end=1133
+  _globals['_SUPPLIEDBYTES']._serialized_start=1135
+  _globals['_SUPPLIEDBYTES']._serialized_end=1195
+  _globals['_SUPPLYRESPONSE']._serialized_start=1197
+  _globals['_SUPPLYRESPONSE']._serialized_end=1305
+  _globals['_WARMREQUEST']._serialized_start=1307
+  _globals['_WARMREQUEST']._serialized_end=1410
+  _globals['_WARMRESPONSE']._serialized_start=1412
+  _globals['_WARMRESPONSE']._serialized_end=1446
+  _globals['_RELEASEREQUEST']._serialized_start=1448
+  _globals['_RELEASEREQUEST']._serialized_end=1484
+  _globals['_RELEASERESPONSE']._serialized_start=1486
+  _globals['_RELEASERESPONSE']._serialized_end=1537
+  _globals['_EXECUTEREQUEST']._serialized_start=1540
+  _globals['_EXECUTEREQUEST']._serialized_end=1872
+  _globals['_OPEN']._serialized_start=1874
+  _globals['_OPEN']._serialized_end=1946
+  _globals['_BATCH']._serialized_start=1948
+  _globals['_BATCH']._serialized_end=2020
+  _globals['_SEQUENCEROWS']._serialized_start=2022
+  _globals['_SEQUENCEROWS']._serialized_end=2128
+  _globals['_PROJECT']._serialized_start=2130
+  _globals['_PROJECT']._serialized_end=2192
+  _globals['_ATTEND']._serialized_start=2194
+  _globals['_ATTEND']._serialized_end=2294
+  _globals['_FEEDFORWARD']._serialized_start=2297
+  _globals['_FEEDFORWARD']._serialized_end=2494
+  _globals['_HEAD']._serialized_start=2496
+  _globals['_HEAD']._serialized_end=2602
+  _globals['_HEADRESULT']._serialized_start=2605
+  _globals['_HEADRESULT']._serialized_end=2738
+  _globals['_OPENED']._serialized_start=2740
+  _globals['_OPENED']._serialized_end=2800
+  _globals['_FAULT']._serialized_start=2802
+  _globals['_FAULT']._serialized_end=2926
+  _globals['_EXECUTERESPONSE']._serialized_start=2929
+  _globals['_EXECUTERESPONSE']._serialized_end=3255
+  _globals['_SHARDWORKER']._serialized_start=3378
+  _globals['_SHARDWORKER']._serialized_end=3815
 # @@protoc_insertion_point(module_scope)

@@ -65,18 +65,20 @@ class DescribeResponse(_message.Message):
     def __init__(self, protocol_version: _Optional[int] = ..., version: _Optional[str] = ..., held: _Optional[_Union[Held, _Mapping]] = ..., device: _Optional[str] = ..., num_threads: _Optional[int] = ..., memory_total_bytes: _Optional[int] = ..., memory_free_bytes: _Optional[int] = ..., weights_bytes: _Optional[int] = ..., peak_rss_bytes: _Optional[int] = ..., num_sessions: _Optional[int] = ..., kv_bytes: _Optional[int] = ..., kernels: _Optional[str] = ...) -> None: ...
 
 class LoadRequest(_message.Message):
-    __slots__ = ("protocol_version", "plan", "shard_digests", "assignment", "directory")
+    __slots__ = ("protocol_version", "plan", "shard_digests", "assignment", "directory", "supplied")
     PROTOCOL_VERSION_FIELD_NUMBER: _ClassVar[int]
     PLAN_FIELD_NUMBER: _ClassVar[int]
     SHARD_DIGESTS_FIELD_NUMBER: _ClassVar[int]
     ASSIGNMENT_FIELD_NUMBER: _ClassVar[int]
     DIRECTORY_FIELD_NUMBER: _ClassVar[int]
+    SUPPLIED_FIELD_NUMBER: _ClassVar[int]
     protocol_version: int
     plan: _plan_pb2.ShardPlan
     shard_digests: _containers.RepeatedScalarFieldContainer[bytes]
     assignment: int
     directory: str
-    def __init__(self, protocol_version: _Optional[int] = ..., plan: _Optional[_Union[_plan_pb2.ShardPlan, _Mapping]] = ..., shard_digests: _Optional[_Iterable[bytes]] = ..., assignment: _Optional[int] = ..., directory: _Optional[str] = ...) -> None: ...
+    supplied: bool
+    def __init__(self, protocol_version: _Optional[int] = ..., plan: _Optional[_Union[_plan_pb2.ShardPlan, _Mapping]] = ..., shard_digests: _Optional[_Iterable[bytes]] = ..., assignment: _Optional[int] = ..., directory: _Optional[str] = ..., supplied: _Optional[bool] = ...) -> None: ...
 
 class LoadProgress(_message.Message):
     __slots__ = ("loaded_bytes", "total_bytes")
@@ -105,6 +107,66 @@ class LoadResponse(_message.Message):
     progress: LoadProgress
     loaded: Loaded
     def __init__(self, progress: _Optional[_Union[LoadProgress, _Mapping]] = ..., loaded: _Optional[_Union[Loaded, _Mapping]] = ...) -> None: ...
+
+class SupplyRequest(_message.Message):
+    __slots__ = ("offer", "bytes")
+    OFFER_FIELD_NUMBER: _ClassVar[int]
+    BYTES_FIELD_NUMBER: _ClassVar[int]
+    offer: SupplyOffer
+    bytes: SuppliedBytes
+    def __init__(self, offer: _Optional[_Union[SupplyOffer, _Mapping]] = ..., bytes: _Optional[_Union[SuppliedBytes, _Mapping]] = ...) -> None: ...
+
+class SupplyOffer(_message.Message):
+    __slots__ = ("protocol_version", "plan_digest", "shard")
+    PROTOCOL_VERSION_FIELD_NUMBER: _ClassVar[int]
+    PLAN_DIGEST_FIELD_NUMBER: _ClassVar[int]
+    SHARD_FIELD_NUMBER: _ClassVar[int]
+    protocol_version: int
+    plan_digest: bytes
+    shard: int
+    def __init__(self, protocol_version: _Optional[int] = ..., plan_digest: _Optional[bytes] = ..., shard: _Optional[int] = ...) -> None: ...
+
+class SuppliedBytes(_message.Message):
+    __slots__ = ("number", "data", "error")
+    NUMBER_FIELD_NUMBER: _ClassVar[int]
+    DATA_FIELD_NUMBER: _ClassVar[int]
+    ERROR_FIELD_NUMBER: _ClassVar[int]
+    number: int
+    data: bytes
+    error: str
+    def __init__(self, number: _Optional[int] = ..., data: _Optional[bytes] = ..., error: _Optional[str] = ...) -> None: ...
+
+class SupplyResponse(_message.Message):
+    __slots__ = ("number", "file", "offset", "length", "count", "pitch")
+    NUMBER_FIELD_NUMBER: _ClassVar[int]
+    FILE_FIELD_NUMBER: _ClassVar[int]
+    OFFSET_FIELD_NUMBER: _ClassVar[int]
+    LENGTH_FIELD_NUMBER: _ClassVar[int]
+    COUNT_FIELD_NUMBER: _ClassVar[int]
+    PITCH_FIELD_NUMBER: _ClassVar[int]
+    number: int
+    file: str
+    offset: int
+    length: int
+    count: int
+    pitch: int
+    def __init__(self, number: _Optional[int] = ..., file: _Optional[str] = ..., offset: _Optional[int] = ..., length: _Optional[int] = ..., count: _Optional[int] = ..., pitch: _Optional[int] = ...) -> None: ...
+
+class WarmRequest(_message.Message):
+    __slots__ = ("protocol_version", "directory", "files")
+    PROTOCOL_VERSION_FIELD_NUMBER: _ClassVar[int]
+    DIRECTORY_FIELD_NUMBER: _ClassVar[int]
+    FILES_FIELD_NUMBER: _ClassVar[int]
+    protocol_version: int
+    directory: str
+    files: _containers.RepeatedCompositeFieldContainer[_plan_pb2.CheckpointFile]
+    def __init__(self, protocol_version: _Optional[int] = ..., directory: _Optional[str] = ..., files: _Optional[_Iterable[_Union[_plan_pb2.CheckpointFile, _Mapping]]] = ...) -> None: ...
+
+class WarmResponse(_message.Message):
+    __slots__ = ("file_bytes",)
+    FILE_BYTES_FIELD_NUMBER: _ClassVar[int]
+    file_bytes: int
+    def __init__(self, file_bytes: _Optional[int] = ...) -> None: ...
 
 class ReleaseRequest(_message.Message):
     __slots__ = ("assignment",)

@@ -50,6 +50,16 @@ class ShardWorkerStub:
                 request_serializer=protos_dot_shardworker__pb2.ExecuteRequest.SerializeToString,
                 response_deserializer=protos_dot_shardworker__pb2.ExecuteResponse.FromString,
                 _registered_method=True)
+        self.Supply = channel.stream_stream(
+                '/shardmesh.v1.ShardWorker/Supply',
+                request_serializer=protos_dot_shardworker__pb2.SupplyRequest.SerializeToString,
+                response_deserializer=protos_dot_shardworker__pb2.SupplyResponse.FromString,
+                _registered_method=True)
+        self.Warm = channel.unary_unary(
+                '/shardmesh.v1.ShardWorker/Warm',
+                request_serializer=protos_dot_shardworker__pb2.WarmRequest.SerializeToString,
+                response_deserializer=protos_dot_shardworker__pb2.WarmResponse.FromString,
+                _registered_method=True)
         self.Release = channel.unary_unary(
                 '/shardmesh.v1.ShardWorker/Release',
                 request_serializer=protos_dot_shardworker__pb2.ReleaseRequest.SerializeToString,
@@ -81,7 +91,26 @@ class ShardWorkerServicer:
     def Execute(self, request_iterator, context):
         """The rounds of forward steps, one response for each request, in order. The stream is a session: its first request is
         `open`, its sequences and KV pages are its own, and they are freed when it ends, however it ends. A request that cannot
-        be served is answered by a `fault`; the session lives on.
+        be served is answered by a `fault`; the session lives on. A session that is silent for longer than its lease
+        (`protos.rpc.LEASE_S`) is ended: whoever drove it is gone, or will not be believed any more.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def Supply(self, request_iterator, context):
+        """Bytes of the checkpoint's files for a worker that does not see the model's folder. Comes before `Load` with `supplied`, and
+        lasts as long: the worker asks in its responses, the coordinator answers in its requests, in order. Initial metadata says
+        that the offer was taken; one offer for a shard at a time, a later one takes an earlier one's place.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def Warm(self, request, context):
+        """Brings the files of a plan into memory that the system takes back when it needs it (the page cache), so that any of its
+        shards loads without the disk. What the worker holds and serves stays as it is. FAILED_PRECONDITION: missing or different
+        files, so that a spare that could never help is known before it is needed.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -111,6 +140,16 @@ def add_ShardWorkerServicer_to_server(servicer, server):
                     servicer.Execute,
                     request_deserializer=protos_dot_shardworker__pb2.ExecuteRequest.FromString,
                     response_serializer=protos_dot_shardworker__pb2.ExecuteResponse.SerializeToString,
+            ),
+            'Supply': grpc.stream_stream_rpc_method_handler(
+                    servicer.Supply,
+                    request_deserializer=protos_dot_shardworker__pb2.SupplyRequest.FromString,
+                    response_serializer=protos_dot_shardworker__pb2.SupplyResponse.SerializeToString,
+            ),
+            'Warm': grpc.unary_unary_rpc_method_handler(
+                    servicer.Warm,
+                    request_deserializer=protos_dot_shardworker__pb2.WarmRequest.FromString,
+                    response_serializer=protos_dot_shardworker__pb2.WarmResponse.SerializeToString,
             ),
             'Release': grpc.unary_unary_rpc_method_handler(
                     servicer.Release,
@@ -200,6 +239,60 @@ class ShardWorker:
             '/shardmesh.v1.ShardWorker/Execute',
             protos_dot_shardworker__pb2.ExecuteRequest.SerializeToString,
             protos_dot_shardworker__pb2.ExecuteResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def Supply(request_iterator,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.stream_stream(
+            request_iterator,
+            target,
+            '/shardmesh.v1.ShardWorker/Supply',
+            protos_dot_shardworker__pb2.SupplyRequest.SerializeToString,
+            protos_dot_shardworker__pb2.SupplyResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def Warm(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/shardmesh.v1.ShardWorker/Warm',
+            protos_dot_shardworker__pb2.WarmRequest.SerializeToString,
+            protos_dot_shardworker__pb2.WarmResponse.FromString,
             options,
             channel_credentials,
             insecure,

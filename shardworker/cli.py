@@ -15,10 +15,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import click
+import structlog
 
-from protos.log import configure_logging
+from protos.log import FORMATS, configure_logging
 from protos.program import run_program
-from protos.rpc import check_address
+from protos.rpc import check_address, check_metrics_address
 
 if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable, Coroutine
@@ -39,23 +40,58 @@ def shardworker() -> None:
 @click.option("--listen", required=True, metavar="ADDRESS", help="HOST:PORT (port 0: any free one) or unix:PATH.")
 @click.option("--device", type=click.Choice(["auto", "cpu", "cuda"]), default="auto", show_default=True, help="Where to compute.")
 @click.option("--threads", type=click.IntRange(1, 4096), help="Threads that compute on the CPU.  [default: torch's choice]")
+@click.option(
+    "--tls",
+    type=click.Path(path_type=Path),
+    metavar="DIR",
+    help="Folder with tls.crt (for shardworker.shardmesh), tls.key and ca.crt: only coordinators of that CA are obeyed.",
+)
 @click.option("--insecure", is_flag=True, help="Allow TCP without TLS.")
+@click.option("--health-listen", metavar="HOST:PORT", help="Health alone, in plaintext, for probes that speak no TLS.")
+@click.option("--metrics-listen", metavar="HOST:PORT", help="Metrics for Prometheus, by plain HTTP; port 0: any free one.")
 @click.option("--log-level", type=click.Choice(LEVELS), default="info", show_default=True, help="Of the log on standard error.")
+@click.option("--log-format", type=click.Choice(FORMATS), help="Of the log.  [default: console at a terminal, json otherwise]")
 @click.option(
     "--embedded-in",
     type=click.Path(path_type=Path),
     metavar="DIR",
     help="DIR is private to the parent process: when standard input closes, end and remove it.",
 )
-def serve(*, listen: str, device: str, threads: int | None, insecure: bool, log_level: str, embedded_in: Path | None) -> None:
+def serve(
+    *,
+    listen: str,
+    device: str,
+    threads: int | None,
+    tls: Path | None,
+    insecure: bool,
+    health_listen: str | None,
+    metrics_listen: str | None,
+    log_level: str,
+    log_format: str | None,
+    embedded_in: Path | None,
+) -> None:
     """Wait for a plan, load its slices, serve its rounds. Ends by SIGTERM or SIGINT."""
-    configure_logging(log_level)
-    check_address(listen, insecure=insecure)
+    configure_logging(log_level, log_format)
+    check_address(listen, insecure=insecure, tls=tls is not None)
+    if health_listen:
+        check_address(health_listen, insecure=True)
+    if metrics_listen:
+        check_metrics_address(metrics_listen)
     # torch takes seconds; --help and mistakes need none. Before the event loop, so that Ctrl-C works meanwhile.
     from shardworker.app import start_worker  # noqa: PLC0415
 
     async def start() -> RunningWorker:
-        return await start_worker(listen, device=device, threads=threads, insecure=insecure)
+        # In every line from here on: each call's context begins as a copy of this one.
+        structlog.contextvars.bind_contextvars(worker=listen)
+        return await start_worker(
+            listen,
+            device=device,
+            threads=threads,
+            insecure=insecure,
+            tls_folder=tls,
+            health_listen=health_listen,
+            metrics_listen=metrics_listen,
+        )
 
     try:
         stopped = _run(_serve(start, watch_stdin=embedded_in is not None))
@@ -113,6 +149,8 @@ async def _serve(start: Callable[[], Awaitable[RunningWorker]], *, watch_stdin: 
         if watch_stdin:
             threading.Thread(target=_watch_stdin, args=(loop, stop), name="stdin", daemon=True).start()
         click.echo(f"listening on {worker.address}")
+        if worker.metrics_url:
+            click.echo(f"metrics on {worker.metrics_url}")
         await stop.wait()
     finally:
         stopped = await worker.stop(STOP_GRACE_S)

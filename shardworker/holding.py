@@ -24,12 +24,14 @@ from shardworker.loader import Progress, load_weights
 from shardworker.plan import check_plan
 from shardworker.session import Session
 from shardworker.shard import Shard
+from shardworker.tally import RoundTally
 
 if TYPE_CHECKING:
     from collections.abc import AsyncGenerator, Callable, Iterable
 
     from shardworker.executor import Executor, Timed
     from shardworker.kernels.interface import Kernels
+    from shardworker.source import Supplier
 
 log = structlog.get_logger(__name__)
 
@@ -84,6 +86,9 @@ class Holding:
         self.kernels = kernels
         self.assignment = 0
         self.sessions: dict[Session, Owner] = {}
+        self.supplies: dict[MeshShard, Supplier] = {}
+        """Who sends bytes of checkpoints, by what is to be loaded from them."""
+        self.tally = RoundTally()
         # Highest epoch of each coordinator's process, the latest seen last.
         self._epochs: dict[bytes, int] = {}
         self.shard: Shard | None = None
@@ -155,10 +160,13 @@ class Holding:
             self.assignment = max(self.assignment, request.assignment)
             return
         self._check_assignment(request.assignment)
+        supplier = self.supplies.get(of) if request.supplied else None
+        if request.supplied and supplier is None:
+            raise InvalidArgument("the plan's bytes are to be supplied, and nobody offers them: call Supply first")
         self.assignment = request.assignment
         loading = self._loading
         if loading is None or loading.of != of or loading.cancelled.is_set():
-            loading = self._start(of, request)
+            loading = self._start(of, request, supplier)
         loading.waiters += 1
         try:
             while not await self._is_done(loading):
@@ -194,7 +202,7 @@ class Holding:
         self._notify(False)
         return lambda: _drop(sessions)
 
-    def _start(self, of: MeshShard, request: pb.LoadRequest) -> Loading:
+    def _start(self, of: MeshShard, request: pb.LoadRequest, supplier: Supplier | None) -> Loading:
         drop = self._let_go()
         loading = self._loading = Loading(of)
         plan, directory, kernels = request.plan, request.directory, self.kernels
@@ -202,7 +210,9 @@ class Holding:
         def job() -> Shard:
             drop()
             try:
-                weights, num_bytes = load_weights(plan, directory, kernels, loading.report, loading.cancelled.is_set)
+                weights, num_bytes = load_weights(
+                    plan, directory, kernels, loading.report, loading.cancelled.is_set, supplier=supplier
+                )
             except BaseException as error:
                 _forget(error)
                 raise

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from protos.errors import OutOfMemory
+from protos.errors import InvalidArgument, OutOfMemory
 from protos.tensors import TORCH_DTYPES
 from shardworker.memory import device_memory
 from shardworker.plan import length
@@ -16,6 +16,10 @@ if TYPE_CHECKING:
     from collections.abc import Sequence
 
     from protos.plan_pb2 import ShardPlan
+
+
+MAX_TOKENS = 2**31 - 1
+"""Of a session: kernels number pages and tokens in 32 bits."""
 
 
 class KvPool:
@@ -31,9 +35,14 @@ class KvPool:
             uncommitted_bytes: what other pools reserved and have not touched yet, which still looks free.
 
         Raises:
+            InvalidArgument: more pages than can be numbered.
             OutOfMemory: names the bytes wanted and free.
 
         """
+        if num_pages * plan.page_tokens > MAX_TOKENS:
+            raise InvalidArgument(
+                f"num_pages: {num_pages} pages of {plan.page_tokens} tokens are more than the {MAX_TOKENS} tokens of a session"
+            )
         kv_heads, dim = length(plan.kv_heads), plan.attention.head_dim
         shape = (len(plan.layers), 2, kv_heads, num_pages * plan.page_tokens, dim)
         self.num_bytes = math.prod(shape) * TORCH_DTYPES[plan.dtype].itemsize

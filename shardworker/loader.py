@@ -1,7 +1,7 @@
 """Fills a shard's weights from a checkpoint: only the plan's slices, by byte range, through a bounded staging buffer.
 
 Peak memory is the final weights, the staging buffer and, where weights are quantized, a few blocks of an eighth of it in
-float32. Where bytes come from is a `TensorSource`, so that they may one day come from elsewhere than a folder.
+float32. Where bytes come from is a `TensorSource`.
 """
 
 from __future__ import annotations
@@ -9,32 +9,28 @@ from __future__ import annotations
 import hashlib
 from contextlib import ExitStack
 from dataclasses import dataclass
-from pathlib import Path
-from typing import TYPE_CHECKING, NamedTuple, Protocol, Self
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 
 from protos.errors import ModelError, OutOfMemory, PlanMismatch
-from protos.fingerprint import file_fingerprint
+from protos.rpc import MAX_SUPPLY_BYTES
 from shardworker.kernels.linear import DenseWeight
 from shardworker.memory import device_memory
-from shardworker.safetensors_file import SafetensorsFile
+from shardworker.source import Folder, Pieces, Supplied
 from shardworker.weights import META, Fill, Layout
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
-    from types import TracebackType
 
     from protos.plan_pb2 import ShardPlan, TensorSlice
     from protos.safetensors_header import TensorEntry
     from shardworker.kernels.interface import Kernels
+    from shardworker.source import Supplier, TensorSource
     from shardworker.weights import ShardWeights
 
-STAGING_BYTES = 8 << 20
+STAGING_BYTES = MAX_SUPPLY_BYTES
 """One read at most."""
-
-SEGMENT_BYTES = 64 << 10
-"""From this length, the pieces of a column slice are read one by one; shorter ones together with what lies between them."""
 
 _DTYPES = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
 _RANDOM_POOL = 1 << 20
@@ -43,70 +39,6 @@ _RANDOM_DEVIATION = 0.02
 
 class LoadCancelled(PlanMismatch):
     """Nobody waits for this load any more, or another plan took its place."""
-
-
-class TensorSource(Protocol):
-    """Where a checkpoint's bytes come from."""
-
-    def find(self, name: str) -> TensorEntry:
-        """Dtype, shape and place of a tensor. Raises `ModelError` where there is none."""
-
-    def read_into(self, file: str, offset: int, buffer: memoryview) -> None:
-        """Fill `buffer` from byte `offset` of a file. Raises `ModelError` where that fails."""
-
-
-class Folder:
-    """A plan's safetensors files in a folder, verified against the plan; a context manager."""
-
-    def __init__(self, directory: str, plan: ShardPlan) -> None:
-        """Open and verify all files.
-
-        Raises:
-            ModelError: a file is missing, damaged, or not the one that the coordinator saw.
-
-        """
-        folder = Path(directory)
-        if not directory or "\0" in directory or not folder.is_dir():
-            raise ModelError(f"no folder {directory!r} on this worker: mount the model's files where the coordinator has them")
-        self._tensors: dict[str, TensorEntry] = {}
-        self._files: dict[str, SafetensorsFile] = {}
-        with ExitStack() as stack:
-            for wanted in plan.files:
-                file = stack.enter_context(SafetensorsFile(folder / wanted.name, wanted.name))
-                if file.size != wanted.size:
-                    raise ModelError(f"checkpoint file {wanted.name} differs: wanted {wanted.size} bytes, found {file.size}")
-                if _fingerprint(folder / wanted.name, wanted.name) != wanted.fingerprint:
-                    raise ModelError(
-                        f"checkpoint file {wanted.name} differs from the coordinator's: use the same files on all machines"
-                    )
-                if twice := next(iter(self._tensors.keys() & file.tensors.keys()), None):
-                    raise ModelError(f"tensor {twice!r} is in two files: {self._tensors[twice].file} and {wanted.name}")
-                self._tensors |= file.tensors
-                self._files[wanted.name] = file
-            self._close = stack.pop_all()
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
-        self._close.close()
-
-    def find(self, name: str) -> TensorEntry:
-        """Dtype, shape and place of a tensor."""
-        if (tensor := self._tensors.get(name)) is None:
-            raise ModelError(f"the checkpoint has no tensor {name!r} in its files {', '.join(self._files)}")
-        return tensor
-
-    def read_into(self, file: str, offset: int, buffer: memoryview) -> None:
-        """Fill `buffer` from byte `offset` of a file."""
-        self._files[file].read_into(offset, buffer)
-
-
-def _fingerprint(path: Path, name: str) -> bytes:
-    try:
-        return file_fingerprint(path)
-    except OSError as error:
-        raise ModelError(f"checkpoint file {name} cannot be read: {error.strerror}") from error
 
 
 class Matrix(NamedTuple):
@@ -135,8 +67,18 @@ def load_weights(
     kernels: Kernels,
     report: Callable[[Progress], None],
     is_cancelled: Callable[[], bool],
+    *,
+    supplier: Supplier | None = None,
 ) -> tuple[ShardWeights, int]:
     """Take the memory and fill it; the weights and their bytes.
+
+    Args:
+        plan: that agrees with itself.
+        directory: with the plan's files; of no meaning with random weights or a supplier.
+        kernels: of the device.
+        report: told of each block.
+        is_cancelled: asked between two reads.
+        supplier: who sends the files' bytes; None: they are read from `directory`.
 
     Raises:
         ModelError: a file or tensor is missing, damaged or different.
@@ -146,9 +88,13 @@ def load_weights(
     """
     device = kernels.device
     _check_cancelled(is_cancelled)
-    _check_memory(Layout(plan, META, kernels).num_bytes, device)
+    _check_memory(_num_bytes(plan, kernels), device)
     with ExitStack() as stack:
-        source = None if plan.random_weights else stack.enter_context(Folder(directory, plan))
+        source: TensorSource | None = None
+        if supplier:
+            source = Supplied(supplier, plan.files)
+        elif not plan.random_weights:
+            source = stack.enter_context(Folder(directory, plan.files))
         try:
             layout = Layout(plan, device, kernels)
         except RuntimeError as error:  # torch's allocators raise this, or a subclass
@@ -166,6 +112,13 @@ def load_weights(
 def _check_cancelled(is_cancelled: Callable[[], bool]) -> None:
     if is_cancelled():
         raise LoadCancelled("the load was given up: its caller left, or another plan came")
+
+
+def _num_bytes(plan: ShardPlan, kernels: Kernels) -> int:
+    try:
+        return Layout(plan, META, kernels).num_bytes
+    except RuntimeError as error:  # a size of 64 bits and more
+        raise OutOfMemory(f"the slice needs more bytes than can be counted: {error}") from error
 
 
 def _check_memory(num_bytes: int, device: torch.device) -> None:
@@ -192,8 +145,8 @@ def _stored_blocks(source: TensorSource, fills: list[Fill]) -> Iterator[tuple[Fi
 
 def _matrices(source: TensorSource, part: TensorSlice) -> Iterator[Matrix]:
     """Give the rectangles of a slice, in the order of the experts."""
-    names = [part.name.replace("{expert}", str(e)) for e in range(part.num_experts)] or [part.name]
-    for name in names:
+    # One by one: a plan may speak of millions of experts without columns, which take no memory themselves.
+    for name in (part.name.replace("{expert}", str(expert)) for expert in range(max(1, part.num_experts))):
         stored = source.find(name)
         if stored.shape != tuple(part.shape):
             raise ModelError(f"tensor {name!r} in {stored.file}: wanted shape {list(part.shape)}, found {list(stored.shape)}")
@@ -217,7 +170,7 @@ def _read_blocks(source: TensorSource, matrix: Matrix, staging: torch.Tensor) ->
     if matrix.rows == 0 or segment == 0:
         return
     # Bytes from a row's start to the next one's in the staging buffer.
-    pitch = segment if segment >= SEGMENT_BYTES else matrix.pitch
+    pitch = segment if segment >= source.smallest_piece else matrix.pitch
     limit = staging.numel()
     if segment > limit:
         raise ModelError(f"tensor in {matrix.stored.file}: a row of {segment} bytes is longer than the staging buffer, {limit}")
@@ -229,11 +182,8 @@ def _read_blocks(source: TensorSource, matrix: Matrix, staging: torch.Tensor) ->
         count = min(rows, matrix.rows - start)
         offset = matrix.offset + start * matrix.pitch
         span = (count - 1) * pitch + segment
-        if pitch == matrix.pitch:
-            source.read_into(matrix.stored.file, offset, view[:span])
-        else:
-            for i in range(count):
-                source.read_into(matrix.stored.file, offset + i * matrix.pitch, view[i * segment : (i + 1) * segment])
+        pieces = Pieces(offset, span) if pitch == matrix.pitch else Pieces(offset, segment, count, matrix.pitch)
+        source.read_into(matrix.stored.file, pieces, view[:span])
         yield staging[:span].view(dtype).as_strided((count, matrix.columns), (pitch // dtype.itemsize, 1))
 
 

@@ -14,6 +14,9 @@ if TYPE_CHECKING:
     from collections.abc import Sequence
 
 MAX_DIMENSIONS = 3
+MAX_SIZE = 2**24
+"""Largest count of anything in a plan, as in a config: kernels count in 32 bits, and lists of heads are made."""
+MAX_LAYERS = 4096
 _DTYPES = (tensor_pb2.DTYPE_F32, tensor_pb2.DTYPE_BF16, tensor_pb2.DTYPE_F16)
 _QUANTIZATIONS = (pb.QUANTIZATION_NONE, pb.QUANTIZATION_INT8, pb.QUANTIZATION_INT4)
 
@@ -51,9 +54,9 @@ def check_plan(plan: pb.ShardPlan) -> None:
     require(plan.dtype in _DTYPES, f"dtype {plan.dtype} is not F32, BF16 or F16")
     for quantization in (plan.quantization, plan.head_quantization):
         require(quantization in _QUANTIZATIONS, f"quantization {quantization} is unknown")
-    require(plan.hidden > 0, "hidden is 0")
-    require(plan.page_tokens > 0, "page_tokens is 0")
-    require(len(plan.layers) > 0, "no layers")
+    require(0 < plan.hidden <= MAX_SIZE, f"hidden is {plan.hidden}")
+    require(0 < plan.page_tokens <= MAX_SIZE, f"page_tokens is {plan.page_tokens}")
+    require(0 < len(plan.layers) <= MAX_LAYERS, f"{len(plan.layers)} layers, wanted 1 to {MAX_LAYERS}")
     _check_attention_spec(plan.attention)
     _check_heads(plan)
     for number, layer in enumerate(plan.layers):
@@ -61,11 +64,13 @@ def check_plan(plan: pb.ShardPlan) -> None:
         _check_block(plan, layer, f"layer {number}")
     _check_slice(plan.head, (length(plan.vocabulary), plan.hidden), "head")
     require(plan.head.ranges[0] == plan.vocabulary, "the head's rows are not the vocabulary range")
-    _check_files(plan)
+    require(bool(plan.files) != plan.random_weights, f"{len(plan.files)} files with random_weights {plan.random_weights}")
+    check_files(plan.files)
 
 
 def _check_attention_spec(spec: pb.AttentionSpec) -> None:
-    require(spec.num_heads > 0 and spec.num_kv_heads > 0 and spec.head_dim > 0, "attention without heads or head_dim")
+    sizes = (spec.num_heads, spec.num_kv_heads, spec.head_dim)
+    require(all(0 < size <= MAX_SIZE for size in sizes), f"attention of {sizes} heads, kv heads and head_dim")
     require(spec.num_heads % spec.num_kv_heads == 0, f"{spec.num_kv_heads} kv heads do not divide {spec.num_heads} heads")
     require(math.isfinite(spec.scale) and spec.scale > 0, f"attention scale {spec.scale}")
     require(spec.qk_norm in {pb.QK_NORM_NONE, pb.QK_NORM_HEAD, pb.QK_NORM_FULL}, f"qk_norm {spec.qk_norm} is unknown")
@@ -124,7 +129,7 @@ def _check_block(plan: pb.ShardPlan, layer: pb.LayerPlan, where: str) -> None:
         _check_feed_forward(plan, layer.dense, where)
         return
     part = layer.experts
-    require(part.num_experts > 0, f"{where} has no experts")
+    require(0 < part.num_experts <= MAX_SIZE, f"{where} has {part.num_experts} experts")
     columns = _columns(part.down)
     _check_slice(part.gate, (part.num_experts, columns, plan.hidden), f"{where} expert gate")
     _check_slice(part.up, (part.num_experts, columns, plan.hidden), f"{where} expert up")
@@ -154,14 +159,20 @@ def _check_slice(part: pb.TensorSlice, shape: Sequence[int], where: str) -> None
         require(extent.start <= extent.end <= size, f"{where}: {part.name} rows {extent.start}..{extent.end} of {size}")
     require(("{expert}" in part.name) == (part.num_experts > 0), f"{where}: {part.name} with num_experts {part.num_experts}")
     found = selected_shape(part)
+    require(max(found) <= MAX_SIZE, f"{where}: {part.name} gives {list(found)}, no size may be over {MAX_SIZE}")
     require(found == tuple(shape), f"{where}: {part.name} gives {list(found)}, wanted {list(shape)}")
 
 
-def _check_files(plan: pb.ShardPlan) -> None:
-    require(bool(plan.files) != plan.random_weights, f"{len(plan.files)} files with random_weights {plan.random_weights}")
-    names = [file.name for file in plan.files]
+def check_files(files: Sequence[pb.CheckpointFile]) -> None:
+    """Check what a coordinator says of a checkpoint's files.
+
+    Raises:
+        InvalidArgument: a name that is no plain one or stands twice, or a fingerprint that is none.
+
+    """
+    names = [file.name for file in files]
     require(len(set(names)) == len(names), "a file stands twice")
-    for file in plan.files:
+    for file in files:
         plain = bool(file.name) and file.name not in {".", ".."} and not set(file.name) & {"/", "\\", "\0"}
         require(plain, f"file name {file.name!r} is no plain name")
         require(len(file.fingerprint) == DIGEST_BYTES, f"file {file.name}: its fingerprint has {len(file.fingerprint)} bytes")

@@ -3,15 +3,21 @@
 from __future__ import annotations
 
 import os
-import stat
 from typing import TYPE_CHECKING, Self
 
 from protos.errors import ModelError
+from protos.model_files import open_model_file
 from protos.safetensors_header import LENGTH_BYTES, header_length, parse_header
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
     from pathlib import Path
     from types import TracebackType
+
+    from protos.safetensors_header import TensorEntry
+
+
+READ_AHEAD_BYTES = 1 << 20
 
 
 class SafetensorsFile:
@@ -21,22 +27,17 @@ class SafetensorsFile:
         """Open and check.
 
         Raises:
-            ModelError: missing, no regular file, or no sound safetensors file.
+            ModelError: missing, no regular file, a link out of the folder, or no sound safetensors file.
 
         """
         self.name = name
         try:
-            # Not blocking: a pipe by that name must not hang the worker.
-            self._fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
-        except (OSError, ValueError) as error:
-            reason = getattr(error, "strerror", None) or str(error)
-            raise ModelError(f"cannot open checkpoint file {name} in {path.parent}: {reason}") from error
+            self._fd = open_model_file(path)
+        except OSError as error:
+            raise ModelError(f"cannot open checkpoint file {name} in {path.parent}: {error.strerror or error}") from error
         try:
-            status = os.fstat(self._fd)
-            if not stat.S_ISREG(status.st_mode):
-                raise ModelError(f"checkpoint file {name} is not a regular file")
-            self.size = status.st_size
-            self.tensors = parse_header(self._read_header(), self.size, file=name, source=f"checkpoint file {name}")
+            self.size = os.fstat(self._fd).st_size
+            self.tensors = read_header(self.read_into, self.size, name)
         except BaseException:
             os.close(self._fd)
             raise
@@ -67,9 +68,28 @@ class SafetensorsFile:
                 raise ModelError(f"checkpoint file {self.name} is truncated: wanted bytes up to {wanted}, found {offset + done}")
             done += count
 
-    def _read_header(self) -> bytes:
-        prefix = bytearray(min(LENGTH_BYTES, self.size))
-        self.read_into(0, memoryview(prefix))
-        header = bytearray(header_length(bytes(prefix), self.size, f"checkpoint file {self.name}"))
-        self.read_into(LENGTH_BYTES, memoryview(header))
-        return bytes(header)
+    def read_ahead(self) -> None:
+        """Have the system read the whole file into its page cache, as far as it has memory to spare."""
+        # In pieces: one call reads as much as the device's read-ahead allows.
+        for offset in range(0, self.size, READ_AHEAD_BYTES):
+            os.posix_fadvise(self._fd, offset, READ_AHEAD_BYTES, os.POSIX_FADV_WILLNEED)
+
+
+def read_header(read_into: Callable[[int, memoryview], None], size: int, name: str) -> dict[str, TensorEntry]:
+    """Read where a file's tensors are.
+
+    Args:
+        read_into: fills a buffer from an offset of the file.
+        size: of the file, bytes.
+        name: of the file.
+
+    Raises:
+        ModelError: no sound safetensors file; what `read_into` raises.
+
+    """
+    source = f"checkpoint file {name}"
+    prefix = bytearray(min(LENGTH_BYTES, size))
+    read_into(0, memoryview(prefix))
+    header = bytearray(header_length(bytes(prefix), size, source))
+    read_into(LENGTH_BYTES, memoryview(header))
+    return parse_header(bytes(header), size, file=name, source=source)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import time
 from typing import TYPE_CHECKING
@@ -11,15 +12,22 @@ import structlog
 
 from protos import shardworker_pb2 as pb
 from protos.errors import InvalidArgument, MeshError, PlanMismatch, StaleEpoch, StepMismatch
+from protos.log import frames
 from protos.rpc import PROTOCOL_VERSION
 from protos.shardworker_pb2_grpc import ShardWorkerServicer
-from shardworker.holding import Holding, Owner, check_protocol
+from shardworker.holding import Holding, MeshShard, Owner, check_protocol
+from shardworker.lease import Lease
 from shardworker.memory import device_memory, peak_rss_bytes
+from shardworker.plan import check_files
 from shardworker.session import Session
+from shardworker.source import Folder
+from shardworker.supply import Supply, check_offer
 from shardworker.tables import HeldPosition
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncIterator
+    from collections.abc import AsyncIterator, Sequence
+
+    from protos.plan_pb2 import CheckpointFile
 
 COORDINATOR_BYTES = 16
 
@@ -30,7 +38,7 @@ log = structlog.get_logger(__name__)
 
 
 class ShardWorkerService(ShardWorkerServicer):
-    """The four calls."""
+    """The six calls."""
 
     def __init__(self, holding: Holding, version: str) -> None:
         self._holding = holding
@@ -82,6 +90,38 @@ class ShardWorkerService(ShardWorkerServicer):
             )
         )
 
+    async def Supply(  # noqa: N802  # the name in the .proto file
+        self, request_iterator: AsyncIterator[pb.SupplyRequest], context: grpc.aio.ServicerContext
+    ) -> None:
+        """Take bytes of a checkpoint, for as long as the coordinator wants."""
+        del request_iterator
+        request = await context.read()
+        if isinstance(request, MeshError):
+            raise request
+        offer = check_offer(request)
+        check_protocol(offer.protocol_version)
+        of = MeshShard(offer.plan_digest, offer.shard)
+        supplies, supply = self._holding.supplies, Supply(context)
+        if former := supplies.pop(of, None):
+            former.close()
+        supplies[of] = supply
+        try:
+            await context.send_initial_metadata(())
+            await supply.wait_over()
+        finally:
+            supply.close()
+            if supplies.get(of) is supply:
+                del supplies[of]
+
+    async def Warm(  # noqa: N802  # the name in the .proto file
+        self, request: pb.WarmRequest, context: grpc.aio.ServicerContext
+    ) -> pb.WarmResponse:
+        """Read a plan's files into the page cache."""
+        del context
+        check_protocol(request.protocol_version)
+        check_files(request.files)
+        return pb.WarmResponse(file_bytes=await asyncio.to_thread(_warm, request.directory, request.files))
+
     async def Release(  # noqa: N802  # the name in the .proto file
         self, request: pb.ReleaseRequest, context: grpc.aio.ServicerContext
     ) -> pb.ReleaseResponse:
@@ -100,14 +140,23 @@ class ShardWorkerService(ShardWorkerServicer):
         stream = ExecuteStream(self._holding)
         self._num_streams += 1
         try:
-            while (request := await context.read()) is not grpc.aio.EOF:
-                # What the interceptor could not parse.
-                if isinstance(request, MeshError):
-                    raise request
-                await context.write(await stream.answer(request))
+            async with Lease() as lease:
+                while (request := await context.read()) is not grpc.aio.EOF:
+                    # What the interceptor could not parse.
+                    if isinstance(request, MeshError):
+                        raise request
+                    lease.suspend()
+                    answer = await stream.answer(request)
+                    lease.renew()
+                    await context.write(answer)
         finally:
             self._num_streams -= 1
             stream.close()
+
+
+def _warm(directory: str, files: Sequence[CheckpointFile]) -> int:
+    with Folder(directory, files) as folder:
+        return folder.warm()
 
 
 class ExecuteStream:
@@ -128,8 +177,10 @@ class ExecuteStream:
             response = await self._serve(request)
         except MeshError as error:
             response = pb.ExecuteResponse(fault=self._fault(error))
-        except Exception as error:
-            log.exception("round failed", epoch=request.epoch, step=request.step, error=repr(error))
+        except Exception as error:  # noqa: BLE001  # the edge: everything becomes a fault
+            # Not its text: it may quote what a caller sent.
+            kind = type(error).__name__
+            log.error("round failed", epoch=request.epoch, step=request.step, error=kind, frames=frames(error))  # noqa: TRY400
             response = pb.ExecuteResponse(fault=self._fault(MeshError("internal error; the worker's log has the details")))
         response.step = request.step
         response.round = request.round
@@ -160,6 +211,7 @@ class ExecuteStream:
         run = executor.run_short if durations.are_short(request) else executor.submit
         response, queue_ns, compute_ns = await run(lambda: session.execute(request))
         durations.note(request, compute_ns)
+        holding.tally.add(request.WhichOneof("action") or "", compute_ns, queue_ns)
         response.queue_ns = queue_ns
         response.compute_ns = compute_ns
         return response
@@ -189,11 +241,14 @@ class ExecuteStream:
         if holding.check_plan(request.plan_digest) is not shard:
             raise PlanMismatch("the plan was dropped and loaded again meanwhile: open again")
         self._session, self._owner, self._shard = session, owner, shard.plan.shard
+        # Of this call's context, which ends with it.
+        structlog.contextvars.bind_contextvars(epoch=request.epoch, shard=self._shard)
         holding.sessions[session] = owner
         opened = pb.Opened(held=holding.held(), kv_bytes=session.kv_bytes)
         return pb.ExecuteResponse(opened=opened, queue_ns=queue_ns, compute_ns=compute_ns)
 
     def _fault(self, error: MeshError) -> pb.Fault:
+        self._holding.tally.faults[error.reason] += 1
         code: int = error.code.value[0]
         fault = pb.Fault(code=code, reason=error.reason, message=str(error), held=self._holding.held())
         if isinstance(error, HeldPosition):

@@ -8,6 +8,7 @@ device runs at a time (`shardworker.executor`).
 from __future__ import annotations
 
 import enum
+import math
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -65,6 +66,7 @@ class Session:
         """Reserve KV memory.
 
         Raises:
+            InvalidArgument: more pages than can be numbered.
             OutOfMemory: it cannot be had.
 
         """
@@ -237,9 +239,9 @@ def _head(shard: Shard, action: pb.Head) -> pb.ExecuteResponse:
         return pb.ExecuteResponse(head=pb.HeadResult(logits=encode(shard.logits(hidden), f32)))
     if not 1 <= action.num_candidates <= MAX_CANDIDATES:
         raise InvalidArgument(f"num_candidates: wanted 1 to {MAX_CANDIDATES}, found {action.num_candidates}")
+    if len(action.temperatures) != rows or not all(0 < temperature < math.inf for temperature in action.temperatures):
+        raise InvalidArgument(f"temperatures: wanted one above 0 for each row ({rows}), found {action.temperatures[:8]}")
     temperatures = torch.tensor(action.temperatures, dtype=torch.float64)
-    if temperatures.shape != (rows,) or not bool((temperatures > 0).all() and temperatures.isfinite().all()):
-        raise InvalidArgument(f"temperatures: wanted one above 0 for each row ({rows}), found {list(action.temperatures)[:8]}")
     found = shard.candidates(hidden, action.num_candidates, temperatures)
     result = pb.HeadResult(
         candidates=encode(found.ids, tensor_pb2.DTYPE_I32),

@@ -18,8 +18,12 @@ from shardworker.weights import ExpertsWeights, FeedForwardWeights, ShardWeights
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-    from shardworker.kernels.interface import Kernels, Span, StepAttention
+    from shardworker.kernels.interface import Kernels, Span, StepAttention, Weight
     from shardworker.kv import KvPool
+
+
+PASS_BYTES = 1 << 30
+"""What a block or the head may take for what lies between its rows and its answer; more rows than that go in several passes."""
 
 
 class Routing(NamedTuple):
@@ -28,6 +32,10 @@ class Routing(NamedTuple):
     chosen: torch.Tensor  # [rows, k], on the CPU
     weights: torch.Tensor  # float32 [rows, k]
     shared: torch.Tensor | None  # float32 [rows]; absent: 1
+
+    def of(self, rows: slice) -> Routing:
+        """Give that of some rows."""
+        return Routing(self.chosen[rows], self.weights[rows], None if self.shared is None else self.shared[rows])
 
 
 class Candidates(NamedTuple):
@@ -120,9 +128,18 @@ class Shard:
         """[rows, hidden] -> [rows, hidden]; float32 in MoE layers."""
         weights = self._weights.layers[layer].feed_forward
         if isinstance(weights, FeedForwardWeights):
-            return self._block(weights, hidden)
+            passes = _passes(hidden.shape[0], _block_bytes(weights.gate_up))
+            if len(passes) == 1:
+                return self._block(weights, hidden)
+            return torch.cat([self._block(weights, hidden[rows]) for rows in passes])
         if routing is None:
             raise TypeError("an MoE layer needs a routing")
+        passes = _passes(hidden.shape[0], routing.chosen.shape[1] * _block_bytes(weights.gate_up))
+        if len(passes) == 1:
+            return self._experts(weights, hidden, routing)
+        return torch.cat([self._experts(weights, hidden[rows], routing.of(rows)) for rows in passes])
+
+    def _experts(self, weights: ExpertsWeights, hidden: torch.Tensor, routing: Routing) -> torch.Tensor:
         out = self._kernels.experts(hidden, routing.chosen, routing.weights, weights.gate_up, weights.down)
         if weights.shared is not None:
             shared = self._block(weights.shared, hidden)
@@ -138,6 +155,14 @@ class Shard:
 
     def candidates(self, hidden: torch.Tensor, count: int, temperatures: torch.Tensor) -> Candidates:
         """Pick the best `count` tokens of each row, best first, equal logits by lower id; `temperatures` is float64 [rows]."""
+        # Logits in float32, and twice in float64 besides what a sum of them takes.
+        passes = _passes(hidden.shape[0], 32 * length(self.plan.vocabulary))
+        if len(passes) == 1:
+            return self._candidates(hidden, count, temperatures)
+        found = [self._candidates(hidden[rows], count, temperatures[rows]) for rows in passes]
+        return Candidates(*(torch.cat(parts) for parts in zip(*found, strict=True)))
+
+    def _candidates(self, hidden: torch.Tensor, count: int, temperatures: torch.Tensor) -> Candidates:
         logits = self.logits(hidden)
         wide = logits.double()
         plain = _logsumexp(wide)
@@ -145,6 +170,17 @@ class Shard:
         logsumexp = torch.stack((plain, scaled), -1)
         ids = best(logits, min(count, logits.shape[-1]))
         return Candidates((ids + self.plan.vocabulary.start).int(), logits.gather(-1, ids), logsumexp)
+
+
+def _passes(num_rows: int, row_bytes: int) -> list[slice]:
+    """Cut rows so that what they take at a time is bounded."""
+    step = max(1, PASS_BYTES // max(1, row_bytes))
+    return [slice(start, start + step) for start in range(0, num_rows, step)]
+
+
+def _block_bytes(gate_up: Weight) -> int:
+    """What a row takes within a feed-forward block, roughly: itself laid out, gate and up, float32 each."""
+    return 4 * (gate_up.num_inputs + gate_up.num_outputs)
 
 
 def _logsumexp(logits: torch.Tensor) -> torch.Tensor:

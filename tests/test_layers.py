@@ -14,18 +14,23 @@ PACKAGES = ("protos", "coordinator", "shardworker")
 MAX_FILE_LINES = 300
 MAX_FUNCTION_LINES = 60
 # 200 of them are how both sides read a checkpoint's headers: a file must not be sound to one and damaged to the other.
-MAX_PROTOS_LINES = 1050
+# 350 are what both servers do about strangers: certificates, their reloading, the guard around a call, health for probes.
+# 150 are how both daemons serve metrics.
+MAX_PROTOS_LINES = 1700
 
 # A name imports only from floors beneath its own; a folder named here is one notion, free within itself but for cycles.
 COORDINATOR_FLOORS = (
-    "rounds config request pages scores reduce client embedded text models gguf_import workers.client commands.running",
+    "channel certificates api_keys heat trace_context discovery startup workers.supplier",
+    "rounds recovery config request pages scores reduce client embedded text models gguf_import workers.client commands.running",
     "sequence sampler router resident fanout planning commands.options commands.console",
-    "scheduler head served_model workers.pool",
-    "microbatches",
-    "forward progress intake",
+    "workers.loading workers.roster workers.assignment",
+    "scheduler completion head served_model access workers.pool",
+    "microbatches workers.warming",
+    "forward progress intake observer tally",
+    "canary metrics",
     "engine",
     "supervisor status",
-    "service",
+    "service exposition",
     "app",
     "private_mesh",
     "bench",
@@ -34,13 +39,14 @@ COORDINATOR_FLOORS = (
     "__main__",
 )
 SHARDWORKER_FLOORS = (
-    "memory bandwidth plan tables safetensors_file executor kernels",
-    "weights kv",
+    "peers lease tally memory bandwidth plan tables safetensors_file executor kernels",
+    "weights kv source",
+    "supply",
     "loader shard",
     "operands",
     "session",
     "holding",
-    "service",
+    "service exposition",
     "app",
     "cli",
     "__main__",
@@ -171,6 +177,14 @@ def test_what_only_decides_never_imports_torch(package: str) -> None:
     for name in modules:
         reached = reached_at_run_time(name)
         assert not {module for module in reached if module.split(".")[0] == "torch"}, f"{name} imports torch"
+
+
+@pytest.mark.parametrize(
+    "name", ["coordinator.app", "coordinator.private_mesh", "coordinator.commands.generate", "shardworker.app"]
+)
+def test_who_uses_no_tls_does_not_wait_for_its_library(name: str) -> None:
+    assert not any(module.split(".")[0] == "cryptography" for module in reached_at_run_time(name))
+    assert "cryptography" in {module.split(".")[0] for module in reached_at_run_time("protos.certificates")}
 
 
 def test_the_search_for_torch_finds_it_where_it_is() -> None:

@@ -41,6 +41,8 @@ class MeshSettings:
     """Addresses of workers that run already, as many as shards; none: private ones are started."""
     insecure: bool = False
     """Whether given workers may be reached by TCP without TLS."""
+    tls: Path | None = None
+    """Folder of the certificate that given workers see."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -101,7 +103,7 @@ async def recorded_mesh(settings: MeshSettings, prompt_tokens: int, new_tokens: 
         private_mesh = await asyncio.to_thread(importlib.import_module, "coordinator.private_mesh")
         request = make_request([0] * prompt_tokens, new_tokens)
         coordinator: Coordinator = await private_mesh.start_private_mesh(
-            workers, settings.model, settings.kv_tokens, request, rounds.append, insecure=settings.insecure
+            workers, settings.model, settings.kv_tokens, request, rounds.append, insecure=settings.insecure, tls=settings.tls
         )
         stack.push_async_callback(coordinator.stop, grace_s=0)
         client = await stack.enter_async_context(GenerationClient(coordinator.address))

@@ -12,7 +12,7 @@ from coordinator.bench.load import Workload
 from coordinator.bench.measure import measure
 from coordinator.bench.mesh import MeshSettings
 from coordinator.commands.console import table_console
-from coordinator.commands.options import insecure_option, json_option, model_settings, private_mesh_options
+from coordinator.commands.options import insecure_option, json_option, model_settings, private_mesh_options, tls_option
 from coordinator.commands.running import run
 from coordinator.progress import StatusLine
 from protos.errors import InvalidArgument
@@ -36,6 +36,7 @@ def any_mesh_options(command: Callable[P, R]) -> Callable[P, R]:
     """Add the flags of `private_mesh_options`, and those that name workers instead."""
     for option in (
         insecure_option,
+        tls_option,
         click.option("--workers", metavar="A,B,...", help="Take these instead of a private mesh: nobody else may use them."),
         private_mesh_options,
     ):
@@ -82,6 +83,8 @@ def mesh_settings(flags: dict[str, Any]) -> MeshSettings:
     """
     model, kv_tokens = model_settings(flags), flags["kv_tokens"]
     if flags["workers"] is None:
+        if flags["tls"]:
+            raise InvalidArgument("--tls is for workers that run already: give --workers too")
         return MeshSettings(model, flags["shards"], flags["threads"], flags["device"], kv_tokens)
     source = click.get_current_context().get_parameter_source
     if given := [flag for name, flag in _PRIVATE.items() if source(name) is not ParameterSource.DEFAULT]:
@@ -90,5 +93,5 @@ def mesh_settings(flags: dict[str, Any]) -> MeshSettings:
     if not workers or len(set(workers)) < len(workers):
         raise InvalidArgument(f"--workers needs addresses, each once, found {flags['workers']!r}")
     for address in workers:
-        check_address(address, insecure=flags["insecure"])
-    return MeshSettings(model, len(workers), None, flags["device"], kv_tokens, workers, flags["insecure"])
+        check_address(address, insecure=flags["insecure"], tls=flags["tls"] is not None)
+    return MeshSettings(model, len(workers), None, flags["device"], kv_tokens, workers, flags["insecure"], flags["tls"])

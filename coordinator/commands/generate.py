@@ -14,8 +14,16 @@ from typing import Any
 
 import click
 
-from coordinator.client import GenerationClient
-from coordinator.commands.options import device_option, insecure_option, json_option, mesh_options, model_options, model_settings
+from coordinator.client import Credentials, GenerationClient
+from coordinator.commands.options import (
+    caller_credentials,
+    caller_options,
+    device_option,
+    json_option,
+    mesh_options,
+    model_options,
+    model_settings,
+)
 from coordinator.commands.running import run
 from coordinator.embedded import EmbeddedWorkers
 from coordinator.request import MAX_TOP_LOGPROBS, Sampling
@@ -31,6 +39,7 @@ _FINISH_REASONS = {
     generation_pb2.FINISH_REASON_LENGTH: "length",
 }
 
+_REMOTE_ONLY = ("tls", "api_key_file")
 _EMBEDDED_ONLY = ("shards", "threads", "device", "dtype", "quantize", "load_format", "wire", "kv_tokens")
 
 
@@ -63,7 +72,7 @@ _EMBEDDED_ONLY = ("shards", "threads", "device", "dtype", "quantize", "load_form
     help="Log probabilities of each token and N alternatives (with --json).",
 )
 @click.option("--coordinator", metavar="HOST:PORT", help="Ask this coordinator instead of starting a private mesh.")
-@insecure_option
+@caller_options
 @json_option
 @click.pass_context
 def generate(context: click.Context, /, **flags: Any) -> None:  # noqa: ANN401  # click's own dict of flags
@@ -72,9 +81,11 @@ def generate(context: click.Context, /, **flags: Any) -> None:  # noqa: ANN401  
     request = _request(flags)
     if flags["coordinator"]:
         _refuse_embedded_flags(context)
-        address = rpc.check_address(flags["coordinator"], insecure=flags["insecure"])
-        run(_generate_remotely(address, flags["model"], request, Output(as_json=flags["as_json"])))
+        address = rpc.check_address(flags["coordinator"], insecure=flags["insecure"], tls=flags["tls"] is not None)
+        credentials = caller_credentials(flags)
+        run(_generate_remotely(address, credentials, flags["model"], request, Output(as_json=flags["as_json"])))
         return
+    _refuse_remote_flags(context)
     if not flags["model"]:
         raise InvalidArgument("--model is needed: a folder with config.json and safetensors, or a hub id")
     run(_generate_embedded(flags, request, Output(as_json=flags["as_json"])))
@@ -156,8 +167,10 @@ async def _generate_embedded(flags: dict[str, Any], request: generation_pb2.Gene
         await _stream(client, request, output)
 
 
-async def _generate_remotely(address: str, model: str | None, request: generation_pb2.GenerateRequest, output: Output) -> None:
-    async with GenerationClient(address) as client:
+async def _generate_remotely(
+    address: str, credentials: Credentials, model: str | None, request: generation_pb2.GenerateRequest, output: Output
+) -> None:
+    async with GenerationClient(address, credentials) as client:
         if model and not _same_model(model, served := (await client.model()).model):
             raise InvalidArgument(f"--model is {model}, but {address} serves {served}")
         await _stream(client, request, output)
@@ -256,7 +269,15 @@ def _messages(data: bytes) -> list[generation_pb2.ChatMessage]:
 
 
 def _refuse_embedded_flags(context: click.Context) -> None:
-    for name in _EMBEDDED_ONLY:
-        if context.get_parameter_source(name) is click.core.ParameterSource.COMMANDLINE:
-            flag = "--" + name.replace("_", "-")
-            raise InvalidArgument(f"{flag} is about an embedded mesh; with --coordinator the mesh is what it is")
+    for flag in _given(context, _EMBEDDED_ONLY):
+        raise InvalidArgument(f"{flag} is about an embedded mesh; with --coordinator the mesh is what it is")
+
+
+def _refuse_remote_flags(context: click.Context) -> None:
+    for flag in _given(context, _REMOTE_ONLY):
+        raise InvalidArgument(f"{flag} is for calling a coordinator: give --coordinator too")
+
+
+def _given(context: click.Context, names: tuple[str, ...]) -> list[str]:
+    from_line = click.core.ParameterSource.COMMANDLINE
+    return ["--" + name.replace("_", "-") for name in names if context.get_parameter_source(name) is from_line]

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import os
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, ParamSpec, TypeVar
 
 import click
 
+from coordinator.client import Credentials
 from coordinator.config import DEVICES, DTYPES, QUANTIZATIONS, WIRES, ModelSettings
+from protos.errors import InvalidArgument
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -95,4 +99,64 @@ def model_settings(flags: dict[str, Any]) -> ModelSettings:
 
 
 json_option = click.option("--json", "as_json", is_flag=True, help="Print one JSON object and nothing else.")
-insecure_option = click.option("--insecure", is_flag=True, help="Allow TCP without TLS.")
+insecure_option = click.option("--insecure", is_flag=True, help="Allow TCP without TLS, and callers that nobody knows.")
+tls_option = click.option(
+    "--tls",
+    type=click.Path(path_type=Path),
+    metavar="DIR",
+    help="Folder with tls.crt, tls.key and ca.crt: TCP goes by TLS.",
+)
+
+API_KEY_VARIABLE = "SHARDMESH_API_KEY"
+
+_CALLER_OPTIONS = (
+    tls_option,
+    click.option(
+        "--api-key-file",
+        type=click.Path(path_type=Path),
+        metavar="FILE",
+        help=f"File with the API key alone; default: the environment's {API_KEY_VARIABLE}.",
+    ),
+    insecure_option,
+)
+
+
+def caller_options(command: Callable[P, R]) -> Callable[P, R]:
+    """Add the flags of whoever calls a coordinator."""
+    for option in reversed(_CALLER_OPTIONS):
+        command = option(command)
+    return command
+
+
+def caller_credentials(flags: dict[str, Any]) -> Credentials:
+    """Make a caller's credentials of the flags that `caller_options` added, and of the environment.
+
+    Raises:
+        InvalidArgument: a file cannot be read, or holds no key or certificate.
+
+    """
+    certificates = None
+    if flags["tls"]:
+        # Who uses no TLS does not wait for its library.
+        from protos.certificates import AUTHORITIES_FILE, Certificates  # noqa: PLC0415
+
+        certificates = Certificates(flags["tls"], needs=(AUTHORITIES_FILE,))
+    return Credentials(certificates, _api_key(flags["api_key_file"]))
+
+
+def _api_key(path: Path | None) -> str | None:
+    if path is None:
+        origin, text = f"the environment's {API_KEY_VARIABLE}", os.environ.get(API_KEY_VARIABLE)
+    else:
+        origin = f"--api-key-file {path}"
+        try:
+            text = path.read_text(errors="replace")
+        except OSError as error:
+            raise InvalidArgument(f"{origin} cannot be read: {error.strerror}") from None
+    if text is None:
+        return None
+    key = text.strip()
+    # It goes into a header, which would otherwise fail with the key in the error's text.
+    if not key or not key.isascii() or not key.isprintable() or " " in key:
+        raise InvalidArgument(f"{origin} must hold one API key and nothing else")
+    return key

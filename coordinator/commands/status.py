@@ -3,18 +3,24 @@
 from __future__ import annotations
 
 import json
+from typing import TYPE_CHECKING, Any
 
 import click
 from google.protobuf.json_format import MessageToDict
 from rich.table import Table
 from rich.text import Text
 
-from coordinator.client import GenerationClient
+from coordinator.client import Credentials, GenerationClient
 from coordinator.commands.console import show_bytes, table_console
-from coordinator.commands.options import insecure_option, json_option
+from coordinator.commands.options import caller_credentials, caller_options, json_option
 from coordinator.commands.running import run
 from protos import rpc
 from protos.generation_pb2 import GetMeshResponse, GetModelResponse, MeshWorker
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+
+    from google.protobuf.message import Message
 
 _DIGEST_CHARACTERS = 12
 """Enough to tell plans apart."""
@@ -22,15 +28,16 @@ _DIGEST_CHARACTERS = 12
 
 @click.command()
 @click.option("--coordinator", required=True, metavar="HOST:PORT", help="The coordinator to ask.")
-@insecure_option
+@caller_options
 @json_option
-def status(coordinator: str, *, insecure: bool, as_json: bool) -> None:
+def status(coordinator: str, **flags: Any) -> None:  # noqa: ANN401  # click's own dict of flags
     """Show workers, epoch, plan, load and health."""
-    run(_status(rpc.check_address(coordinator, insecure=insecure), as_json=as_json))
+    address = rpc.check_address(coordinator, insecure=flags["insecure"], tls=flags["tls"] is not None)
+    run(_status(address, caller_credentials(flags), as_json=flags["as_json"]))
 
 
-async def _status(address: str, *, as_json: bool) -> None:
-    async with GenerationClient(address) as client:
+async def _status(address: str, credentials: Credentials, *, as_json: bool) -> None:
+    async with GenerationClient(address, credentials) as client:
         model, mesh = await client.model(), await client.mesh()
     if as_json:
         click.echo(json.dumps(_as_dict(model, mesh)))
@@ -39,21 +46,25 @@ async def _status(address: str, *, as_json: bool) -> None:
 
 
 def _as_dict(model: GetModelResponse, mesh: GetMeshResponse) -> dict[str, object]:
-    # 64-bit numbers as numbers, digests as hex: what a script expects.
-    load = {descriptor.name: getattr(mesh.load, descriptor.name) for descriptor in mesh.load.DESCRIPTOR.fields}
-    workers = []
-    for worker in mesh.workers:
-        fields = {descriptor.name: getattr(worker, descriptor.name) for descriptor in worker.DESCRIPTOR.fields}
-        workers.append({**fields, "plan_digest": worker.plan_digest.hex()})
     return {
         "serving": mesh.serving,
         "epoch": mesh.epoch,
         "num_shards": mesh.num_shards,
         "plan_digest": mesh.plan_digest.hex(),
         "model": MessageToDict(model, preserving_proto_field_name=True, always_print_fields_with_no_presence=True),
-        "workers": workers,
-        "load": load,
+        "workers": [
+            {**_fields(worker), "plan_digest": worker.plan_digest.hex(), "rounds": _fields(worker.rounds)}
+            for worker in mesh.workers
+        ],
+        "load": _fields(mesh.load),
+        "recovery": _fields(mesh.recovery) | {"failures": dict(mesh.recovery.failures)},
+        "proven_ago_ns": mesh.proven_ago_ns,
     }
+
+
+def _fields(message: Message) -> dict[str, object]:
+    # 64-bit numbers as numbers: what a script expects.
+    return {descriptor.name: getattr(message, descriptor.name) for descriptor in message.DESCRIPTOR.fields}
 
 
 def _print(model: GetModelResponse, mesh: GetMeshResponse) -> None:
@@ -78,6 +89,25 @@ def _print(model: GetModelResponse, mesh: GetMeshResponse) -> None:
         f"{load.preemptions} preemptions",
         soft_wrap=True,
     )
+    recovery = mesh.recovery
+    if recovery.failures:
+        parts = {
+            "noticed in": recovery.last_detect_ns,
+            "assembled in": recovery.last_assemble_ns,
+            "proven in": recovery.last_canary_ns,
+            "replayed in": recovery.last_replay_ns,
+        }
+        console.print(
+            f"{sum(recovery.failures.values())} failures ({', '.join(map(' '.join, _counts(recovery.failures)))}), "
+            f"{recovery.recoveries} recoveries; the latest, "
+            + ", ".join(f"{name} {value / 1e6:.0f} ms" for name, value in parts.items()),
+            soft_wrap=True,
+        )
+        console.print(Text(f"latest failure: {recovery.last_failure}"), soft_wrap=True)
+
+
+def _counts(failures: Mapping[str, int]) -> list[tuple[str, str]]:
+    return [(str(count), reason) for reason, count in sorted(failures.items())]
 
 
 def _row(worker: MeshWorker) -> tuple[Text, ...]:

@@ -11,6 +11,8 @@ from typing import TYPE_CHECKING
 from coordinator.models.config import read_json
 from coordinator.models.header import read_header
 from protos.errors import ModelError
+from protos.safetensors_header import MAX_NAME
+from protos.strict_json import show
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -20,6 +22,8 @@ if TYPE_CHECKING:
 
 SINGLE_FILE = "model.safetensors"
 INDEX_FILE = "model.safetensors.index.json"
+
+_MAX_FILE_NAME = 255
 
 
 @dataclass(frozen=True, slots=True)
@@ -105,13 +109,15 @@ def _weight_map(directory: Path) -> dict[str, str] | None:
     if not isinstance(found, dict) or not found:
         raise ModelError(f"{path} must hold a weight_map from tensors to files, found none")
     for tensor, name in found.items():
+        if len(tensor) > MAX_NAME:
+            raise ModelError(f"{path}: the name of a tensor has {len(tensor)} characters, at most {MAX_NAME} are read")
         if not isinstance(name, str) or not _is_plain_name(name):
-            raise ModelError(f"{path}: the file of {tensor!r} must be a file name inside the folder, found {name!r}")
+            raise ModelError(f"{path}: the file of {tensor!r} must be a file name inside the folder, found {show(name)}")
     return found
 
 
 def _is_plain_name(name: str) -> bool:
-    if name in ("", ".", "..") or "\0" in name:
+    if name in ("", ".", "..") or "\0" in name or len(name) > _MAX_FILE_NAME:
         return False
     return PurePosixPath(name).name == name and PureWindowsPath(name).name == name
 

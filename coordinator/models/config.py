@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, TypeVar
 
 from protos.errors import ModelError
+from protos.model_files import read_model_file
 from protos.strict_json import parse_object, show
 
 if TYPE_CHECKING:
@@ -21,6 +22,8 @@ GENERATION_CONFIG_FILE = "generation_config.json"
 
 MAX_SIZE = 2**24
 """Largest size of anything that is counted (heads, columns, tokens of a vocabulary) unless said otherwise."""
+MAX_TEXT = 256
+"""Characters of a name; messages show it."""
 MAX_FILE_BYTES = 16 * 1024 * 1024
 """Largest configuration file that is read."""
 
@@ -58,12 +61,12 @@ class Config:
         return self._get(keys, default, "true or false", lambda value: value if isinstance(value, bool) else None)
 
     def text(self, *keys: str, default: str | None = None) -> str:
-        """Read a string."""
-        return self._get(keys, default, "a string", lambda value: value if isinstance(value, str) else None)
+        """Read a string of up to `MAX_TEXT` characters."""
+        return self._get(keys, default, f"a string of up to {MAX_TEXT} characters", _as_text)
 
     def texts(self, key: str) -> tuple[str, ...]:
-        """Read a list of strings; absent means none."""
-        return self._get((key,), (), "a list of strings", lambda value: _as_tuple(value, str))
+        """Read a list of strings of up to `MAX_TEXT` characters; absent means none."""
+        return self._get((key,), (), f"a list of strings of up to {MAX_TEXT} characters", _as_texts)
 
     def integers(self, *keys: str, minimum: int = 0, maximum: int = MAX_SIZE) -> tuple[int, ...]:
         """Read a list of integers in [minimum, maximum], or one of them; absent means none."""
@@ -133,15 +136,10 @@ def read_json(path: Path) -> dict[str, object]:
     """Read a file that holds one JSON object of finite numbers.
 
     Raises:
-        ModelError: unreadable, too large, not UTF-8, not JSON, NaN or Infinity, not an object.
+        ModelError: unreadable, too large, a link out of the folder, not UTF-8, not JSON, NaN or Infinity, not an object.
 
     """
-    try:
-        if (size := path.stat().st_size) > MAX_FILE_BYTES:
-            raise ModelError(f"{path}: {size} bytes are too many for a configuration, at most {MAX_FILE_BYTES} are read")
-        return parse_object(path.read_bytes(), str(path))
-    except OSError as error:
-        raise ModelError(f"{path} cannot be read: {error.strerror or error}") from error
+    return parse_object(read_model_file(path, MAX_FILE_BYTES), str(path))
 
 
 def _as_integer(value: object, minimum: int, maximum: int) -> int | None:
@@ -149,6 +147,10 @@ def _as_integer(value: object, minimum: int, maximum: int) -> int | None:
     if not isinstance(value, int) or isinstance(value, bool):
         return None
     return value if minimum <= value <= maximum else None
+
+
+def _as_text(value: object) -> str | None:
+    return value if isinstance(value, str) and len(value) <= MAX_TEXT else None
 
 
 def _as_number(value: object, above: float, maximum: float) -> float | None:
@@ -164,7 +166,7 @@ def _as_integers(value: object, minimum: int, maximum: int) -> tuple[int, ...] |
     return found if len(found) == len(items) else None
 
 
-def _as_tuple(value: object, kind: type[_T]) -> tuple[_T, ...] | None:
-    if not isinstance(value, list) or not all(isinstance(item, kind) for item in value):
-        return None
-    return tuple(value)
+def _as_texts(value: object) -> tuple[str, ...] | None:
+    items = value if isinstance(value, list) else [None]
+    found = tuple(text for item in items if (text := _as_text(item)) is not None)
+    return found if len(found) == len(items) else None

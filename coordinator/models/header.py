@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import os
 from typing import TYPE_CHECKING
 
 from protos.errors import ModelError
 from protos.fingerprint import file_fingerprint
+from protos.model_files import open_model_file
 from protos.plan_pb2 import CheckpointFile
 from protos.safetensors_header import LENGTH_BYTES, TensorEntry, check_length, header_length, parse_header
 
@@ -17,13 +19,14 @@ def read_header(directory: Path, name: str) -> tuple[CheckpointFile, dict[str, T
     """Read and check the header of one file of a model's folder; its tensors by name.
 
     Raises:
-        ModelError: unreadable, foreign, truncated, or a header that contradicts itself or the file's size.
+        ModelError: unreadable, foreign, truncated, a link out of the folder, or a header that contradicts itself or the
+            file's size.
 
     """
     path = directory / name
     try:
-        size = path.stat().st_size
-        with path.open("rb") as file:
+        with os.fdopen(open_model_file(path), "rb") as file:
+            size = os.fstat(file.fileno()).st_size
             length = header_length(file.read(LENGTH_BYTES), size, str(path))
             header = file.read(length)
         fingerprint = file_fingerprint(path)

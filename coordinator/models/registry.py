@@ -63,7 +63,7 @@ def describe(config: Config) -> ModelSpec:
     for architecture in named:
         if architecture in FAMILIES:
             return FAMILIES[architecture].describe(config)
-    found = " and ".join(repr(name) for name in named) or "none"
+    found = " and ".join(repr(name) for name in named[:3]) or "none"
     raise ModelError(
         f"{config.source}: architectures names {found}, which is not supported; supported are {', '.join(sorted(FAMILIES))}"
     )

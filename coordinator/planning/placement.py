@@ -60,12 +60,9 @@ def place(plan: MeshPlan, workers: Sequence[WorkerReport]) -> Placement:
     """
     num_shards = len(plan.shards)
     _check_workers(num_shards, workers)
-    chosen: dict[int, WorkerReport] = {}
-    free = list(workers)
-    for shard in range(num_shards):
-        if holder := next((worker for worker in free if worker.holds(plan, shard)), None):
-            chosen[shard] = holder
-            free.remove(holder)
+    chosen = holders(plan, workers)
+    kept = {worker.address for worker in chosen.values()}
+    free = [worker for worker in workers if worker.address not in kept]
     waiting = [shard for shard in range(num_shards) if shard not in chosen]
     for shard in sorted(waiting, key=lambda shard: -plan.weight_bytes[shard]):
         worker = next((worker for worker in free if worker.available_bytes >= plan.weight_bytes[shard]), None)
@@ -75,6 +72,15 @@ def place(plan: MeshPlan, workers: Sequence[WorkerReport]) -> Placement:
         free.remove(worker)
     shards = tuple(chosen[shard].address for shard in range(num_shards))
     return Placement(shards, tuple(worker.address for worker in free))
+
+
+def holders(plan: MeshPlan, workers: Sequence[WorkerReport]) -> dict[int, WorkerReport]:
+    """Give the first worker that holds each shard of the plan already; shards that nobody holds are left out."""
+    found: dict[int, WorkerReport] = {}
+    for shard in range(len(plan.shards)):
+        if holder := next((worker for worker in workers if worker.holds(plan, shard)), None):
+            found[shard] = holder
+    return found
 
 
 def default_shards(num_workers: int, spec: ModelSpec) -> int:

@@ -18,15 +18,20 @@ from jinja2.exceptions import SecurityError
 from jinja2.ext import Extension, loopcontrols
 from jinja2.utils import Namespace
 
-from coordinator.text.limits import MAX_TEXT, BoundedSandbox
+from coordinator.text.limits import BoundedSandbox
+from coordinator.text.sizes import MAX_TEXT
 from protos.errors import InvalidArgument, ModelError
+from protos.model_files import read_model_file
 
 if TYPE_CHECKING:
     from pathlib import Path
 
     from jinja2.parser import Parser
 
+MAX_SOURCE = 2**17
+"""Bytes of a template; the longest in use have a third of that. To compile one of names and commas takes 4 KiB a byte."""
 _MAX_DEPTH = 32
+_MAX_FORM = 256
 _MAX_ERROR = 300
 
 
@@ -46,11 +51,14 @@ class ChatTemplate:
         self._special_tokens = dict(special_tokens)
         self._environment = _environment()
         self._lock = threading.Lock()
+        if len(source) > MAX_SOURCE:
+            raise ModelError(f"chat template has {len(source)} characters, at most {MAX_SOURCE} are read")
         try:
             self._template = self._environment.from_string(source)
         except jinja2.TemplateSyntaxError as error:
             raise ModelError(f"chat template, line {error.lineno}: {_line(error)}") from None
-        except (jinja2.TemplateError, SyntaxError, ValueError, RecursionError, MemoryError) as error:
+        # The compiler may fail on it in any way.
+        except Exception as error:  # noqa: BLE001
             raise ModelError(f"chat template cannot be compiled: {_line(error)}") from None
 
     def render(self, messages: Sequence[Mapping[str, object]], /, **arguments: object) -> str:
@@ -97,10 +105,10 @@ def chat_template_source(directory: Path, config: Mapping[str, object], *, name:
     sources: object = config.get("chat_template")
     try:
         if name == "default" and (file := directory / "chat_template.jinja").is_file():
-            return file.read_text(encoding="utf-8")
+            return read_model_file(file, MAX_SOURCE).decode()
         if sources is None and (file := directory / "chat_template.json").is_file():
-            sources = json.loads(file.read_text(encoding="utf-8")).get("chat_template")
-    except (OSError, ValueError, AttributeError, RecursionError) as error:
+            sources = json.loads(read_model_file(file, 4 * MAX_SOURCE)).get("chat_template")
+    except (ValueError, AttributeError, RecursionError) as error:
         raise ModelError(f"{file}: cannot be read: {_line(error)}") from None
     if isinstance(sources, str):
         return sources if name == "default" else None
@@ -145,6 +153,10 @@ class _PlainNamespace(Namespace):
         _check_name(name)
         super().__setitem__(name, value)
 
+    def __repr__(self) -> str:
+        # Namespaces may hold each other, and themselves.
+        return "<Namespace>"
+
 
 def _check_name(name: object) -> None:
     if isinstance(name, str) and name.startswith("_"):
@@ -160,6 +172,8 @@ def _raise_exception(message: object) -> None:
 
 
 def _strftime_now(form: str) -> str:
+    if len(form) > _MAX_FORM:
+        raise SecurityError(f"it writes the date in a form of more than {_MAX_FORM} characters")
     return datetime.now().strftime(form)  # noqa: DTZ005  # the date of whoever asks, as in transformers
 
 

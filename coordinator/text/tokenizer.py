@@ -15,10 +15,15 @@ from coordinator.text.chat_template import ChatTemplate, chat_template_source
 from coordinator.text.decoding import decoder_steps
 from coordinator.text.detokenizer import Detokenizer
 from protos.errors import InvalidArgument, ModelError
+from protos.model_files import read_model_file
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping, Sequence
     from pathlib import Path
+
+_MAX_BYTES = 256 * 2**20
+"""Of tokenizer.json: several times what the largest vocabularies take."""
+_MAX_CONFIG_BYTES = 16 * 2**20
 
 _NAMES = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
 
@@ -55,7 +60,7 @@ class Tokenizer:
             raise ModelError(f"{file} is missing: text needs it; give token ids instead, or complete the folder")
         config = _read_config(directory / "tokenizer_config.json")
         try:
-            tokenizer = tokenizers.Tokenizer.from_file(str(file))
+            tokenizer = tokenizers.Tokenizer.from_buffer(read_model_file(file, _MAX_BYTES))
             _configure(tokenizer, config)
         # The library raises bare Exception, and panics on some damaged files with a BaseException of its own.
         except BaseException as error:
@@ -121,8 +126,8 @@ class Tokenizer:
 
 def _read_config(file: Path) -> Mapping[str, object]:
     try:
-        config = json.loads(file.read_bytes()) if file.is_file() else {}
-    except (OSError, ValueError, RecursionError) as error:
+        config = json.loads(read_model_file(file, _MAX_CONFIG_BYTES)) if file.is_file() else {}
+    except (ValueError, RecursionError) as error:
         raise ModelError(f"{file} cannot be read: {_line(error)}") from None
     if not isinstance(config, dict):
         raise ModelError(f"{file} must hold a JSON object, found {type(config).__name__}")

@@ -7,13 +7,26 @@ from typing import TYPE_CHECKING, Self
 
 import grpc
 
+from coordinator.channel import PeerChannel
 from protos import rpc, shardworker_pb2_grpc
 from protos.errors import MeshError, WorkerLost, from_rpc_error
-from protos.shardworker_pb2 import DescribeRequest, DescribeResponse, LoadRequest, LoadResponse
+from protos.shardworker_pb2 import (
+    DescribeRequest,
+    DescribeResponse,
+    LoadRequest,
+    LoadResponse,
+    SupplyOffer,
+    SupplyRequest,
+    WarmRequest,
+    WarmResponse,
+)
+from protos.tls import WORKER_NAME
 
 if TYPE_CHECKING:
     from collections.abc import AsyncGenerator
 
+    from coordinator.workers.supplier import Supplier
+    from protos.certificates import Certificates
 
 _OPTIONS = rpc.channel_options(max_send_bytes=rpc.MAX_WORKER_REQUEST_BYTES, max_receive_bytes=rpc.MAX_WORKER_REPLY_BYTES)
 
@@ -21,16 +34,16 @@ _OPTIONS = rpc.channel_options(max_send_bytes=rpc.MAX_WORKER_REQUEST_BYTES, max_
 class WorkerClient:
     """A channel to one worker."""
 
-    def __init__(self, address: str) -> None:
+    def __init__(self, address: str, certificates: Certificates | None = None) -> None:
         """Make the channel; nothing is sent before the first call.
 
         Args:
             address: checked by `protos.rpc.check_address`.
+            certificates: for TLS, if the worker is reached by TCP; None for plaintext.
 
         """
         self.address = address
-        self._channel = grpc.aio.insecure_channel(address, options=_OPTIONS)
-        self._stub = shardworker_pb2_grpc.ShardWorkerStub(self._channel)
+        self._channel = PeerChannel(address, _OPTIONS, certificates, WORKER_NAME)
 
     async def describe(self, *, wait_for_ready: bool) -> DescribeResponse:
         """Ask what the worker is and holds.
@@ -42,12 +55,18 @@ class WorkerClient:
             MeshError: it does not answer within the deadline.
 
         """
+        channel = self._channel.current()
         try:
-            description: DescribeResponse = await self._stub.Describe(
+            description: DescribeResponse = await shardworker_pb2_grpc.ShardWorkerStub(channel).Describe(
                 DescribeRequest(), timeout=rpc.DESCRIBE_DEADLINE_S, wait_for_ready=wait_for_ready
             )
         except grpc.aio.AioRpcError as error:
+            if wait_for_ready and error.code() is grpc.StatusCode.DEADLINE_EXCEEDED:
+                # gRPC waited and does not say for what; a call that does not wait is told.
+                return await self.describe(wait_for_ready=False)
             if error.code() in {grpc.StatusCode.DEADLINE_EXCEEDED, grpc.StatusCode.UNAVAILABLE}:
+                if reason := self._channel.explain(error):
+                    raise WorkerLost(f"{self._name}: {reason}") from error
                 raise WorkerLost(
                     f"{self._name} does not answer within {rpc.DESCRIBE_DEADLINE_S:g} s: is it running, and is that its address? "
                     f"({error.details()})"
@@ -62,7 +81,8 @@ class WorkerClient:
             MeshError: the worker refuses, dies, or is silent for too long.
 
         """
-        call = self._stub.Load(request)
+        channel = self._channel.current()
+        call = shardworker_pb2_grpc.ShardWorkerStub(channel).Load(request)
         try:
             while True:
                 async with asyncio.timeout(rpc.LOAD_SILENCE_S):
@@ -77,16 +97,60 @@ class WorkerClient:
         finally:
             call.cancel()
 
+    async def supply(self, offer: SupplyOffer, supplier: Supplier, taken: asyncio.Event) -> None:
+        """Send the worker what it asks for, until it ends the call or this is cancelled.
+
+        Args:
+            offer: what is supplied.
+            supplier: that has it.
+            taken: set when the worker has taken the offer.
+
+        Raises:
+            MeshError: the worker refuses, or dies.
+
+        """
+        call = shardworker_pb2_grpc.ShardWorkerStub(self._channel.current()).Supply()
+        try:
+            async with asyncio.timeout(rpc.LOAD_SILENCE_S):
+                await call.write(SupplyRequest(offer=offer))
+                await call.initial_metadata()
+            taken.set()
+            while (wanted := await call.read()) is not grpc.aio.EOF:
+                await call.write(SupplyRequest(bytes=await supplier.answer(wanted)))
+        except TimeoutError:
+            raise WorkerLost(f"{self._name} took no offer to supply it for {rpc.LOAD_SILENCE_S:g} s") from None
+        except grpc.aio.AioRpcError as error:
+            raise self._error(error) from error
+        finally:
+            call.cancel()
+
+    async def warm(self, request: WarmRequest) -> WarmResponse:
+        """Have the worker bring the model's files into memory.
+
+        Raises:
+            MeshError: it does not see the same files, or does not answer within the deadline.
+
+        """
+        channel = self._channel.current()
+        try:
+            response: WarmResponse = await shardworker_pb2_grpc.ShardWorkerStub(channel).Warm(
+                request, timeout=rpc.WARM_DEADLINE_S
+            )
+        except grpc.aio.AioRpcError as error:
+            raise self._error(error) from error
+        return response
+
     def execute(self) -> WorkerSession:
         """Start an Execute stream."""
-        call = self._channel.stream_stream(
+        channel = self._channel.current()
+        call = channel.stream_stream(
             "/shardmesh.v1.ShardWorker/Execute",
             # Requests come serialized: the same bytes go to all shards.
             request_serializer=None,
             # Responses are parsed by whoever counts their bytes.
             response_deserializer=None,
         )
-        return WorkerSession(self.address, call())
+        return WorkerSession(self.address, call(), channel)
 
     async def close(self) -> None:
         """Close the channel; running calls are cancelled."""
@@ -111,10 +175,11 @@ class WorkerClient:
 class WorkerSession:
     """One Execute stream. A write and a read belong together; the caller sets the deadline."""
 
-    def __init__(self, address: str, call: grpc.aio.StreamStreamCall) -> None:
-        """Wrap a started call."""
+    def __init__(self, address: str, call: grpc.aio.StreamStreamCall, channel: grpc.aio.Channel) -> None:
+        """Wrap a started call, and keep its channel."""
         self.address = address
         self._call = call
+        self._channel = channel
 
     async def write(self, request: bytes) -> None:
         """Send one serialized `ExecuteRequest`.
@@ -142,6 +207,11 @@ class WorkerSession:
         if response is grpc.aio.EOF:
             raise WorkerLost(f"worker {self.address} ended its session")
         return response  # type: ignore[no-any-return]
+
+    async def wait_ended(self) -> str:
+        """Wait until the stream is over, whoever ended it; say how."""
+        code = await self._call.code()
+        return f"the session ended ({code.name}: {await self._call.details() or 'no more is known'})"
 
     def cancel(self) -> None:
         """End the stream; the worker frees its KV."""

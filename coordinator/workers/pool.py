@@ -1,93 +1,131 @@
 """The workers that a coordinator was given, and how a full mesh is made of them.
 
-Who gets which shard is decided by `coordinator.planning.placement`; this file acts: describe, load, open.
+Who gets which shard is decided by `coordinator.planning.placement`; this file acts: describe, load, open. A worker that failed
+a mesh is passed over for a while if there are enough others: one that hangs may answer again, and one that lies always does.
+
+Workers may come and go. One that went away is not asked any more; the session of one that serves goes on until it breaks. Where
+coordinators share workers by a lease, only its holder hands out plans that workers do not hold yet; the others adopt the plan.
 """
 
 from __future__ import annotations
 
 import asyncio
 import os
-from contextlib import aclosing
-from dataclasses import dataclass
+import time
+from contextlib import nullcontext
 from typing import TYPE_CHECKING
 
 import structlog
 
 from coordinator.fanout import Fanout
-from coordinator.planning.placement import WorkerReport, place
-from coordinator.workers.client import WorkerClient
+from coordinator.planning.placement import place
+from coordinator.workers.assignment import adopt, lead
+from coordinator.workers.loading import load
+from coordinator.workers.roster import Roster
+from coordinator.workers.supplier import Supplier
 from protos import rpc
-from protos.errors import MeshError, ProtocolMismatch, WorkerLost
-from protos.shardworker_pb2 import WORKER_STATE_LOADED, LoadRequest
+from protos.errors import MeshError, NotServing, PlanMismatch, PositionMismatch, StaleEpoch, StepMismatch
+from protos.shardworker_pb2 import LoadRequest, WarmRequest
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Coroutine, Iterable, Sequence
     from pathlib import Path
     from typing import Any
 
-    from coordinator.planning.placement import Placement
+    from coordinator.discovery.interfaces import PlanLease
+    from coordinator.planning.placement import Placement, WorkerReport
     from coordinator.planning.plan import MeshPlan
     from coordinator.rounds import RoundObserver
+    from coordinator.workers.client import WorkerClient
+    from coordinator.workers.loading import LoadEvent
+    from coordinator.workers.roster import Survey
+    from protos.certificates import Certificates
 
 log = structlog.get_logger(__name__)
 
 
-@dataclass(frozen=True, slots=True)
-class Survey:
-    """What the workers said of themselves."""
+AVOID_S = 60.0
+"""How long a worker that failed is passed over, if there are others."""
 
-    reports: tuple[WorkerReport, ...]
-    failures: dict[str, MeshError]
-    """Why the others cannot be used, by address."""
-
-
-@dataclass(frozen=True, slots=True)
-class LoadEvent:
-    """A worker's progress."""
-
-    shard: int
-    address: str
-    loaded_bytes: int
-    total_bytes: int
+_FENCES = (PlanMismatch, PositionMismatch, StaleEpoch, StepMismatch)
 
 
 class WorkerPool:
     """Clients of all workers, serving ones and spares alike."""
 
-    def __init__(self, addresses: Sequence[str], observer: RoundObserver | None = None) -> None:
+    def __init__(
+        self,
+        addresses: Sequence[str],
+        *,
+        round_timeout_s: float = rpc.ROUND_TIMEOUT_S,
+        observer: RoundObserver | None = None,
+        certificates: Certificates | None = None,
+        lease: PlanLease | None = None,
+        supplies: bool = False,
+    ) -> None:
         """Make the clients; nothing is sent yet.
 
         Args:
-            addresses: distinct, each checked by `protos.rpc.check_address`.
+            addresses: distinct, each checked by `protos.rpc.check_address`; `follow` may change them.
+            round_timeout_s: of the meshes made here: longest that a round of a few rows may take.
             observer: told of each round of the meshes made here.
+            certificates: for TLS to the workers reached by TCP; None for plaintext.
+            lease: that decides who hands out plans; None: this coordinator may.
+            supplies: whether the model's files are sent to the workers, who need not see them.
 
         """
-        self.clients = {address: WorkerClient(address) for address in addresses}
+        self._round_timeout_s = round_timeout_s
+        # Until when, `time.monotonic`.
+        self._avoided: dict[str, float] = {}
+        # Why workers could not be used, as far as the log tells already.
+        self._told: dict[str, str] = {}
+        self._roster = Roster(addresses, certificates)
+        self._lease = lease
+        self._supplies = supplies
         self._observer = observer
         self._identity = os.urandom(16)
         self._epoch = 0
 
-    async def survey(self, *, wait_for_ready: bool) -> Survey:
-        """Ask all workers what they are and hold."""
-        answers = await asyncio.gather(
-            *(client.describe(wait_for_ready=wait_for_ready) for client in self.clients.values()),
-            return_exceptions=True,
-        )
-        reports: list[WorkerReport] = []
-        failures: dict[str, MeshError] = {}
-        for address, answer in zip(self.clients, answers, strict=True):
-            if isinstance(answer, MeshError):
-                failures[address] = answer
-            elif isinstance(answer, BaseException):
-                raise answer
-            elif answer.protocol_version != rpc.PROTOCOL_VERSION:
-                failures[address] = ProtocolMismatch(
-                    f"worker {address} (shardmesh {answer.version}) speaks protocol {answer.protocol_version}, this "
-                    f"coordinator {rpc.PROTOCOL_VERSION}: run the same version on both"
-                )
-            else:
-                reports.append(WorkerReport(address, answer))
-        return Survey(tuple(reports), failures)
+    def blame(self, error: MeshError, addresses: Iterable[str]) -> None:
+        """Pass over workers for `AVOID_S` seconds, if there are enough others, unless the error is a sound worker's refusal."""
+        if not isinstance(error, _FENCES):
+            self._avoided.update(dict.fromkeys(addresses, time.monotonic() + AVOID_S))
+
+    @property
+    def clients(self) -> dict[str, WorkerClient]:
+        """Of the workers that there are now, by address."""
+        return self._roster.clients
+
+    def follow(self, addresses: Sequence[str]) -> None:
+        """Take another set of workers: newcomers may be needed; of those that went away, sessions go on until they break."""
+        self._roster.follow(addresses)
+
+    async def wait_changed(self, timeout_s: float) -> None:
+        """Wait until workers come or go, but no longer than `timeout_s` seconds."""
+        await self._roster.wait_changed(timeout_s)
+
+    async def survey(self, *, wait_for_ready: bool, enough: int | None = None) -> Survey:
+        """Ask all workers what they are and hold; see `Roster.survey`."""
+        return await self._roster.survey(wait_for_ready=wait_for_ready, enough=enough)
+
+    def require(self, survey: Survey, needed: int) -> None:
+        """Log who cannot be used, and check that enough workers answered.
+
+        Raises:
+            NotServing: there are too few workers.
+            MeshError: why one of those that are needed cannot be used.
+
+        """
+        failures = {address: str(failure) for address, failure in survey.failures.items()}
+        for address, error in failures.items():
+            # Once, however often it is asked.
+            if self._told.get(address) != error:
+                log.warning("worker cannot be used", worker=address, error=error)
+        self._told = failures
+        if len(survey.reports) < needed:
+            if survey.failures:
+                raise next(iter(survey.failures.values()))
+            raise NotServing(f"{needed} shards need {needed} workers, found {len(survey.reports)}: waiting for more")
 
     async def assemble(
         self,
@@ -100,7 +138,7 @@ class WorkerPool:
 
         Args:
             plan: what to serve.
-            directory: of the model's files, as the workers see it; None with random weights.
+            directory: of the model's files, as the workers see it unless they are supplied; None with random weights.
             num_pages: KV pages of each shard.
             on_progress: called for each step of loading.
 
@@ -108,63 +146,112 @@ class WorkerPool:
             MeshError: too few workers, or one of those needed refuses or dies.
 
         """
-        survey = await self.survey(wait_for_ready=False)
-        if len(survey.reports) < len(plan.shards):
-            survey = await self.survey(wait_for_ready=True)
-        for address, failure in survey.failures.items():
-            log.warning("worker cannot be used", worker=address, error=str(failure))
-        if len(survey.reports) < len(plan.shards) and survey.failures:
-            raise next(iter(survey.failures.values()))
-        placement = place(plan, survey.reports)
-        assignment = choose_assignment(plan, placement, survey.reports)
+        needed = len(plan.shards)
+        survey = await self.survey(wait_for_ready=False, enough=needed)
+        if len(survey.reports) < needed:
+            survey = await self.survey(wait_for_ready=True, enough=needed)
+        self.require(survey, needed)
+        preferred = self._preferred(survey.reports, needed)
+        if self._lease and self._lease.term is None:
+            placement = adopt(plan, preferred, survey.reports, self._lease)
+            self._roster.engage(placement.shards)
+        else:
+            placement = place(plan, preferred)
+            self._roster.engage(placement.shards)
+            # Of all, also of those that are passed over: their assignments count too.
+            assignment = await lead(plan, placement, survey.reports, self._lease)
+            await self._hand_out(plan, placement, assignment, directory, on_progress)
+        self._epoch += 1
+        fanout = Fanout(
+            [self._roster.engaged[address].execute() for address in placement.shards],
+            plan.digest,
+            self._epoch,
+            timeout_s=self._round_timeout_s,
+            observer=self._observer,
+        )
+        try:
+            await fanout.open(self._identity, num_pages)
+        except MeshError as error:
+            self.blame(error, (fanout.addresses[shard] for shard in error.shards))
+            fanout.close()
+            raise
+        except BaseException:
+            fanout.close()
+            raise
+        return fanout
+
+    async def warm(self, plan: MeshPlan, directory: Path, serving: Iterable[str]) -> None:
+        """Have all workers but the serving ones bring the model's files into memory; who cannot is named in the log.
+
+        Args:
+            plan: whose files.
+            directory: of the files, as the workers see it.
+            serving: addresses of the mesh that serves.
+
+        """
+        request = WarmRequest(protocol_version=rpc.PROTOCOL_VERSION, directory=str(directory), files=plan.shards[0].files)
+        spares = [client for address, client in self.clients.items() if address not in frozenset(serving)]
+        answers = await asyncio.gather(*(client.warm(request) for client in spares), return_exceptions=True)
+        for client, answer in zip(spares, answers, strict=True):
+            if self.clients.get(client.address) is not client:
+                # It went away meanwhile.
+                continue
+            if isinstance(answer, MeshError):
+                log.warning("spare cannot be warmed", worker=client.address, error=str(answer))
+            elif isinstance(answer, BaseException):
+                raise answer
+            else:
+                log.info("spare is warm", worker=client.address, file_bytes=answer.file_bytes)
+
+    async def close(self) -> None:
+        """Close all channels."""
+        await self._roster.close()
+
+    def _preferred(self, reports: Sequence[WorkerReport], needed: int) -> list[WorkerReport]:
+        """Leave out whoever is to be avoided; if too few remain, those avoided longest ago come back."""
+        now = time.monotonic()
+        self._avoided = {address: until for address, until in self._avoided.items() if until > now}
+        avoided = sorted(
+            (report for report in reports if report.address in self._avoided),
+            key=lambda report: self._avoided[report.address],
+        )
+        left_out = avoided[max(0, needed - (len(reports) - len(avoided))) :]
+        return [report for report in reports if report not in left_out]
+
+    async def _hand_out(
+        self,
+        plan: MeshPlan,
+        placement: Placement,
+        assignment: int,
+        directory: Path | None,
+        on_progress: Callable[[LoadEvent], None],
+    ) -> None:
+        supplied = self._supplies and directory is not None
         requests = [
             LoadRequest(
                 protocol_version=rpc.PROTOCOL_VERSION,
                 plan=shard,
                 shard_digests=plan.shard_digests,
                 assignment=assignment,
-                directory=str(directory) if directory else "",
+                directory=str(directory) if directory and not supplied else "",
+                supplied=supplied,
             )
             for shard in plan.shards
         ]
-        await _all(self._load(address, request, on_progress) for address, request in zip(placement.shards, requests, strict=True))
-        self._epoch += 1
-        fanout = Fanout(
-            [self.clients[address].execute() for address in placement.shards], plan.digest, self._epoch, self._observer
-        )
+        with Supplier(directory, plan.shards[0].files) if supplied and directory else nullcontext() as supplier:
+            await _all(
+                self._load(address, request, supplier, on_progress)
+                for address, request in zip(placement.shards, requests, strict=True)
+            )
+
+    async def _load(
+        self, address: str, request: LoadRequest, supplier: Supplier | None, on_progress: Callable[[LoadEvent], None]
+    ) -> None:
         try:
-            await fanout.open(self._identity, num_pages)
-        except BaseException:
-            fanout.close()
+            await load(self._roster.engaged[address], request, supplier, on_progress)
+        except MeshError as error:
+            self.blame(error, [address])
             raise
-        return fanout
-
-    async def close(self) -> None:
-        """Close all channels."""
-        await asyncio.gather(*(client.close() for client in self.clients.values()))
-
-    async def _load(self, address: str, request: LoadRequest, on_progress: Callable[[LoadEvent], None]) -> None:
-        shard = request.plan.shard
-        async with aclosing(self.clients[address].load(request)) as responses:
-            async for response in responses:
-                if response.WhichOneof("event") == "loaded":
-                    held = response.loaded.weights_bytes
-                    on_progress(LoadEvent(shard, address, held, held))
-                    return
-                progress = response.progress
-                on_progress(LoadEvent(shard, address, progress.loaded_bytes, progress.total_bytes))
-        raise WorkerLost(f"worker {address} ended loading without an answer")
-
-
-def choose_assignment(plan: MeshPlan, placement: Placement, reports: Iterable[WorkerReport]) -> int:
-    """Keep the assignment of a mesh that holds the plan already; otherwise plans are handed out anew under a higher one."""
-    held = {report.address: report.description.held for report in reports}
-    highest = max((state.assignment for state in held.values()), default=0)
-    complete = all(
-        (held[address].state, held[address].plan_digest, held[address].shard) == (WORKER_STATE_LOADED, plan.digest, shard)
-        for shard, address in enumerate(placement.shards)
-    )
-    return highest if complete else highest + 1
 
 
 async def _all(work: Iterable[Coroutine[Any, Any, None]]) -> None:

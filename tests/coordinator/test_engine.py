@@ -8,8 +8,10 @@ from contextlib import asynccontextmanager
 import pytest
 import torch
 
-from coordinator.engine import Completion, Engine
+from coordinator.completion import Completion
+from coordinator.engine import Engine
 from coordinator.microbatches import LIMIT
+from coordinator.observer import Observer
 from coordinator.request import FinishReason, Request
 from coordinator.sampler import Choice
 from coordinator.scheduler import Limits, Step
@@ -133,14 +135,14 @@ async def test_cancel_in_flight_frees_everything_before_the_next_step() -> None:
 async def test_failed_step_draws_nothing_and_the_replay_goes_on_with_the_same_tokens() -> None:
     def break_sometimes(number: int, step: Step) -> None:
         del step
-        if number == 4 * LIMIT:
+        if number % (4 * LIMIT) == 0:
             raise WorkerLost("worker 1 died")
 
     engine = engine_of(Limits(num_pages=12, page_tokens=4, max_rows=8))
     prompts = [(1, 2, 3), (4,), (5, 6, 7, 8, 9, 10)]
     completions = [engine.submit(Request("r", prompt, 12)) for prompt in prompts]
     collecting = [asyncio.create_task(collect(completion)) for completion in completions]
-    failures = 0
+    failures, resumed = 0, []
     while not all(task.done() for task in collecting):
         # Breaks in the fourth step of each mesh; then another one takes over.
         model = FakeModel(break_sometimes)
@@ -149,12 +151,15 @@ async def test_failed_step_draws_nothing_and_the_replay_goes_on_with_the_same_to
             if task.done():
                 assert isinstance(task.exception(), WorkerLost)
                 failures += 1
-                engine.rewind()
+                engine.interrupt(WorkerLost("worker 1 died"), lambda: resumed.append(engine.statistics.completion_tokens))
                 assert engine.scheduler.pool.num_used == 0
             else:
                 await asyncio.wait(collecting)
-        assert model.numbers == list(range(LIMIT, LIMIT * len(model.numbers) + 1, LIMIT))
+        # In the sessions of a mesh they rise.
+        assert model.numbers == list(range(model.numbers[0], model.numbers[0] + LIMIT * len(model.numbers), LIMIT))
     assert failures > 2
+    # A mesh may break before all that the one before interrupted have their next token.
+    assert 0 < len(resumed) < failures
     assert [task.result() for task in collecting] == [expected(prompt, 12) for prompt in prompts]
     assert engine.statistics.completion_tokens == 36
 
@@ -236,7 +241,90 @@ async def test_request_that_cannot_be_served_is_refused(
 
 
 async def test_full_queue_is_refused() -> None:
-    engine = engine_of(Limits(num_pages=10, page_tokens=4, max_waiting=1))
+    engine = engine_of(Limits(num_pages=10, page_tokens=4, max_running=1, max_waiting=1))
+    engine.submit(Request("r", (1,), 1))
+    # The place is kept while the request is read.
+    with engine.arrive(), pytest.raises(QueueFull), engine.arrive():
+        pass
     engine.submit(Request("r", (1,), 1))
     with pytest.raises(QueueFull):
         engine.submit(Request("r", (1,), 1))
+
+
+class Recorder(Observer):
+    """Writes down what it hears."""
+
+    def __init__(self) -> None:
+        self.heard: list[tuple[object, ...]] = []
+
+    def step_started(self, step: Step, number: int) -> None:
+        self.heard.append(("started", step.num_rows, number))
+
+    def step_ended(self) -> None:
+        self.heard.append(("ended",))
+
+    def token_drawn(self, completion: Completion, pause_ns: int) -> None:
+        assert pause_ns > 0
+        self.heard.append(("token", completion.sequence.generated[-1]))
+
+    def completion_ended(self, completion: Completion) -> None:
+        self.heard.append(("over", completion.outcome))
+
+    def request_refused(self, error: MeshError) -> None:
+        self.heard.append(("refused", error.reason))
+
+
+async def test_an_observer_hears_of_steps_tokens_and_ends_in_order() -> None:
+    recorder, tokens = Recorder(), expected((1, 2), 2)
+    engine = Engine(LIMITS, vocabulary=100, context=200, observer=recorder)
+    model = FakeModel()
+    async with running(engine, model):
+        await collect(engine.submit(Request("r", (1, 2), 2)))
+        await asyncio.sleep(0)
+    first, second = model.numbers[:2]
+    assert recorder.heard == [
+        ("started", 2, first),
+        ("token", tokens[0]),
+        ("ended",),
+        ("started", 1, second),
+        ("token", tokens[1]),
+        ("over", "length"),
+        ("ended",),
+    ]
+
+
+async def test_an_observer_hears_why_requests_end_or_never_begin() -> None:
+    recorder = Recorder()
+    engine = Engine(LIMITS, vocabulary=100, context=200, observer=recorder)
+    engine.submit(Request("gone", (1,), 5)).cancel()
+    engine.submit(Request("stopped", (1,), 5)).stop()
+    engine.submit(Request("failed", (1,), 5))
+    engine.fail(WorkerLost("worker 1 died"))
+    for request in (Request("r", (100,), 5), Request("r", (1,), 500)):
+        with pytest.raises(InvalidArgument):
+            engine.submit(request)
+    engine.refusal = NotServing("no mesh")
+    with pytest.raises(NotServing), engine.arrive():
+        pass
+    engine.refusal = None
+    with pytest.raises(InvalidArgument), engine.arrive():
+        raise InvalidArgument("no prompt")
+    ends = [("over", "abort"), ("over", "stop"), ("over", "WORKER_LOST")]
+    assert recorder.heard == [
+        *ends,
+        *[("refused", reason) for reason in ("INVALID_ARGUMENT",) * 2 + ("NOT_SERVING", "INVALID_ARGUMENT")],
+    ]
+
+
+async def test_limits_can_be_changed_while_nobody_asks() -> None:
+    engine = engine_of(Limits(num_pages=1, page_tokens=4))
+    engine.refusal = NotServing("loading")
+    with pytest.raises(NotServing):
+        engine.submit(Request("r", (1,), 100))
+    engine.resize(Limits(num_pages=100, page_tokens=4))
+    engine.refusal = None
+    assert engine.max_tokens == 200
+    assert engine.scheduler.limits.num_pages == 100
+    engine.submit(Request("r", (1,), 100))
+    with pytest.raises(ValueError, match="cannot be resized"):
+        engine.resize(Limits(num_pages=1, page_tokens=4))

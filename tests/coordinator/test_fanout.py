@@ -35,6 +35,7 @@ class FakeSession:
         self.cancelled = False
         self.requests: list[ExecuteRequest] = []
         self.write_hangs = False
+        self.ended = asyncio.Event()
         self._shard, self._log, self._answer = shard, log, answer
 
     async def write(self, request: bytes) -> None:
@@ -50,6 +51,10 @@ class FakeSession:
             await asyncio.Event().wait()
             raise AssertionError
         return reply.SerializeToString()
+
+    async def wait_ended(self) -> str:
+        await self.ended.wait()
+        return "the session ended (UNAVAILABLE: Socket closed)"
 
     def cancel(self) -> None:
         self.cancelled = True
@@ -153,14 +158,15 @@ async def test_reply_of_another_kind_or_none_is_a_wrong_result() -> None:
 
 @pytest.mark.parametrize("silent", [0, 1, 2])
 async def test_deadline_names_the_worker_that_is_silent(silent: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(rpc, "round_deadline_s", lambda num_rows: 0.01 * num_rows)
+    monkeypatch.setattr(rpc, "round_deadline_s", lambda _, num_rows: 0.01 * num_rows)
     sessions = [FakeSession(shard, [], (lambda *_: None) if shard == silent else echo) for shard in range(3)]
-    with pytest.raises(WorkerLost, match=f"worker host-{silent}:1 did not answer within 0.01 s"):
+    with pytest.raises(WorkerLost, match=f"worker host-{silent}:1 did not answer within 0.01 s") as raised:
         await fanout_of(*sessions).round(attend(), "partial", 1)
+    assert raised.value.shards == (silent,)
 
 
 async def test_deadline_names_the_worker_that_takes_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(rpc, "round_deadline_s", lambda num_rows: 0.01 * num_rows)
+    monkeypatch.setattr(rpc, "round_deadline_s", lambda _, num_rows: 0.01 * num_rows)
     sessions = [FakeSession(shard, []) for shard in range(3)]
     sessions[2].write_hangs = True
     with pytest.raises(WorkerLost, match="worker host-2:1 did not answer"):
@@ -195,7 +201,7 @@ async def test_what_is_no_message_is_a_wrong_result() -> None:
 
 
 async def test_a_failed_round_leaves_no_task_behind(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(rpc, "round_deadline_s", lambda num_rows: 0.01 * num_rows)
+    monkeypatch.setattr(rpc, "round_deadline_s", lambda _, num_rows: 0.01 * num_rows)
     before = asyncio.all_tasks()
     sessions = [FakeSession(shard, [], lambda *_: None) for shard in range(3)]
     with pytest.raises(WorkerLost, match="host-0:1"):
@@ -207,13 +213,44 @@ async def test_a_failed_round_leaves_no_task_behind(monkeypatch: pytest.MonkeyPa
 async def test_observer_is_told_the_bytes_of_each_answer() -> None:
     rounds: list[Round] = []
     sessions = [FakeSession(shard, []) for shard in range(2)]
-    fanout = Fanout(sessions, DIGEST, 7, rounds.append)  # type: ignore[arg-type]
+    fanout = Fanout(sessions, DIGEST, 7, observer=rounds.append)  # type: ignore[arg-type]
     replies = await fanout.round(attend(), "partial", 5)
     (found,) = rounds
     assert (found.action, found.layer, found.step, found.num_rows) == ("attend", 0, 3, 5)
     assert [answer.num_bytes for answer in found.answers] == [reply.ByteSize() for reply in replies]
     assert found.request_bytes == sessions[0].requests[0].ByteSize()
     assert found.started_ns < found.written_ns < found.answers[0].arrived_ns < found.answers[1].arrived_ns
+
+
+async def test_rounds_get_the_time_that_the_mesh_was_given() -> None:
+    fanout = Fanout([FakeSession(0, [], lambda *_: None)], DIGEST, 7, timeout_s=0.02)  # type: ignore[arg-type]
+    with pytest.raises(WorkerLost, match=r"did not answer within 0\.04 s"):
+        await fanout.round(attend(), "partial", 40)
+
+
+async def test_whoever_spoils_a_round_is_named_by_shard() -> None:
+    def refuse(reply: ExecuteResponse) -> None:
+        if reply.shard == 1:
+            raise WrongResult("that is none")
+
+    fanout = fanout_of(FakeSession(0, []), FakeSession(1, []))
+    with pytest.raises(WrongResult) as raised:
+        await fanout.round(attend(), "partial", 1, refuse)
+    assert raised.value.shards == (1,)
+
+
+async def test_a_session_that_ends_is_noticed_without_a_round() -> None:
+    before = asyncio.all_tasks()
+    sessions = [FakeSession(shard, []) for shard in range(3)]
+    watching = asyncio.create_task(fanout_of(*sessions).watch())
+    await asyncio.sleep(0)
+    assert not watching.done()
+    sessions[2].ended.set()
+    with pytest.raises(WorkerLost, match=r"worker host-2:1: the session ended \(UNAVAILABLE: Socket closed\)") as raised:
+        await watching
+    assert raised.value.shards == (2,)
+    await asyncio.sleep(0)
+    assert asyncio.all_tasks() == before
 
 
 def test_close_ends_all_sessions() -> None:

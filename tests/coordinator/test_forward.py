@@ -201,6 +201,13 @@ async def test_wire_dtype_is_that_of_hidden_rows_while_routes_stay_exact() -> No
     assert (feed_forward.expert_weights.dtype, feed_forward.shared_weights.dtype) == (DTYPE_F32, DTYPE_F32)
 
 
+async def test_finite_numbers_that_a_norm_cannot_take_end_the_step() -> None:
+    mesh = FakeMesh(spec_of(DenseSpec(4)))
+    mesh.attention[0][1][0, 0] = 1e30
+    with pytest.raises(WrongResult, match="beyond what float32 holds"):
+        await Forward(mesh.spec, mesh.resident, mesh, DTYPE_F32).run(mixed_step(), 1)  # type: ignore[arg-type]
+
+
 async def test_nan_from_a_shard_ends_the_step() -> None:
     mesh = FakeMesh(spec_of(DenseSpec(4)))
     mesh.attention[0][1][0, 0] = float("nan")

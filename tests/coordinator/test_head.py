@@ -9,7 +9,7 @@ from coordinator.sequence import Sequence, SequenceId
 from protos.errors import WrongResult
 from protos.shardworker_pb2 import ExecuteRequest, ExecuteResponse, HeadResult
 from protos.shardworker_pb2 import Head as HeadRequest
-from protos.tensor_pb2 import DTYPE_F32, DTYPE_F64, DTYPE_I32
+from protos.tensor_pb2 import DTYPE_BF16, DTYPE_F32, DTYPE_F64, DTYPE_I32
 from protos.tensors import decode, encode
 
 HIDDEN = 8
@@ -134,8 +134,28 @@ async def test_logsumexp_of_another_precision_is_a_wrong_result() -> None:
         logits=encode(torch.ones(1, 1), DTYPE_F32),
         logsumexp=encode(torch.ones(1, 2), DTYPE_F32),
     )
-    with pytest.raises(WrongResult, match="shard 1 answered a logsumexp of dtype 1, wanted F64"):
+    with pytest.raises(WrongResult, match=r"shard 1 answered .* of dtypes \(4, 1, 1\), wanted I32, F32 and F64"):
         await Head(shards, DTYPE_F32, SIZES).choose(hidden_of(1), sequences_of((Sampling(), None)), 1)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("spoiled", ["ids as floats", "logits in bfloat16", "worst first"])
+async def test_candidates_that_are_none_are_a_wrong_result(spoiled: str) -> None:
+    shards = FakeShards()
+    logits = torch.tensor([[2.0, 1.0]])
+    shards.spoil[1] = HeadResult(
+        candidates=encode(torch.tensor([[40.0, 41.0]]), DTYPE_F32 if spoiled == "ids as floats" else DTYPE_I32),
+        logits=encode(logits.flip(1) if spoiled == "worst first" else logits, DTYPE_BF16 if "bfloat" in spoiled else DTYPE_F32),
+        logsumexp=encode(torch.ones(1, 2), DTYPE_F64),
+    )
+    with pytest.raises(WrongResult, match="shard 1 answered"):
+        await Head(shards, DTYPE_F32, SIZES).choose(hidden_of(1), sequences_of((Sampling(), 1)), 1)  # type: ignore[arg-type]
+
+
+async def test_all_logits_of_another_dtype_are_a_wrong_result() -> None:
+    shards = FakeShards()
+    shards.spoil[1] = HeadResult(logits=encode(torch.ones(1, 7), DTYPE_I32))
+    with pytest.raises(WrongResult, match=r"shard 1 answered logits of torch.int32 \[1, 7\]"):
+        await Head(shards, DTYPE_F32, SIZES).choose(hidden_of(1), sequences_of((Sampling(presence_penalty=1), None)), 1)  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize("kind", [(Sampling(), None), (Sampling(presence_penalty=1), None)])

@@ -5,7 +5,7 @@ import torch
 
 from coordinator.reduce import PartialSum
 from protos.errors import WrongResult
-from protos.tensor_pb2 import DTYPE_BF16, DTYPE_F32, DTYPE_INT8_BLOCK32, DType, Tensor
+from protos.tensor_pb2 import DTYPE_BF16, DTYPE_F32, DTYPE_F64, DTYPE_I32, DTYPE_INT8_BLOCK32, DType, Tensor
 from protos.tensors import decode, encode
 
 
@@ -56,6 +56,13 @@ def test_finite_partials_whose_sum_overflows_blame_all() -> None:
 def test_partial_of_another_shape_names_its_shard() -> None:
     messages = [encode(torch.ones(2, 3), DTYPE_F32), encode(torch.ones(3, 2), DTYPE_F32)]
     with pytest.raises(WrongResult, match=r"shard 1 answered a partial of shape \[3, 2\], wanted \[2, 3\]"):
+        reduce_partials(messages, (2, 3))
+
+
+@pytest.mark.parametrize("dtype", [DTYPE_I32, DTYPE_F64])
+def test_partial_of_a_dtype_that_no_partial_has_is_a_wrong_result(dtype: DType) -> None:
+    messages = [encode(torch.ones(2, 3), DTYPE_F32), encode(torch.ones(2, 3), dtype)]
+    with pytest.raises(WrongResult, match=f"shard 1 answered a partial of dtype {dtype}"):
         reduce_partials(messages, (2, 3))
 
 

@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from coordinator.request import Request
-from coordinator.scheduler import Limits, Scheduler, Step
+from coordinator.scheduler import SUSPECT_AFTER, Limits, Scheduler, Step
 from coordinator.sequence import Sequence, SequenceId
 from protos.errors import OutOfMemory, QueueFull
 
@@ -142,7 +142,8 @@ def test_random_life_keeps_all_promises(limits: Limits, seed: int, arrivals: int
     everybody: list[Sequence] = []
     for number in range(1, arrivals + 1):
         sequence = make(number, chooser.randint(1, 14), chooser.randint(1, 10))
-        most, waiting = sequence.num_tokens + sequence.request.max_tokens, len(simulation.scheduler.waiting)
+        most = sequence.num_tokens + sequence.request.max_tokens
+        waiting = len(simulation.scheduler.waiting) - (limits.max_running - len(simulation.scheduler.running))
         try:
             simulation.scheduler.add(sequence)
         except OutOfMemory:
@@ -300,12 +301,88 @@ def test_request_that_can_never_fit_is_refused_with_the_numbers() -> None:
 
 
 def test_full_queue_is_refused_and_the_queue_stays_as_it_is() -> None:
-    scheduler = Scheduler(Limits(num_pages=4, page_tokens=4, max_waiting=2))
+    scheduler = Scheduler(Limits(num_pages=4, page_tokens=4, max_running=1, max_waiting=2))
+    scheduler.add(make(9, 1, 2))
+    scheduler.schedule()
     scheduler.add(make(1, 1, 1))
     scheduler.add(make(2, 1, 1))
     with pytest.raises(QueueFull, match="2 requests are waiting already: retry later"):
         scheduler.add(make(3, 1, 1))
     assert [sequence.id for sequence in scheduler.waiting] == [1, 2]
+
+
+def test_places_that_could_run_are_not_counted_as_waiting_and_those_who_arrive_are() -> None:
+    scheduler = Scheduler(Limits(num_pages=4, page_tokens=4, max_running=3, max_waiting=2))
+    for number in range(1, 5):
+        scheduler.add(make(number, 1, 1))
+    scheduler.check_room()
+    with pytest.raises(QueueFull, match="2 requests are waiting already: retry later"):
+        scheduler.check_room(1)
+
+
+def test_suspects_have_steps_to_themselves_until_their_next_token() -> None:
+    scheduler = Scheduler(Limits(num_pages=4, page_tokens=4, max_rows=2))
+    sequences = [make(1, 1, 9), make(2, 4, 9), make(3, 1, 9)]
+    for sequence in sequences:
+        scheduler.add(sequence)
+    for _ in range(SUSPECT_AFTER):
+        step = scheduler.schedule()
+        assert step is not None
+        assert [rows.sequence.id for rows in step.rows] == [1, 2]
+        assert scheduler.strike(step) == []
+        scheduler.rewind()
+    # Each alone, the second in two chunks of its prompt.
+    for wanted in ([1], [2], [2]):
+        step = scheduler.schedule()
+        assert step is not None
+        assert [rows.sequence.id for rows in step.rows] == wanted
+        scheduler.advance(step, {SequenceId(number): 7 for number in wanted})
+    step = scheduler.schedule()
+    assert step is not None
+    assert [rows.sequence.id for rows in step.rows] == [1, 2]
+    # And only who breaks two more by itself is guilty.
+    scheduler.rewind()
+    for guilty in ([], [], [], [1, 2]):
+        assert [sequence.id for sequence in scheduler.strike(step)] == guilty
+
+
+def test_a_suspect_that_is_gone_is_suspected_no_more() -> None:
+    scheduler = Scheduler(Limits(num_pages=4, page_tokens=4))
+    sequences = [make(1, 1, 9), make(2, 1, 9)]
+    for sequence in sequences:
+        scheduler.add(sequence)
+    for _ in range(SUSPECT_AFTER):
+        step = scheduler.schedule()
+        assert step is not None
+        scheduler.strike(step)
+        scheduler.rewind()
+    scheduler.finish(sequences[0])
+    step = scheduler.schedule()
+    assert step is not None
+    assert [rows.sequence.id for rows in step.rows] == [2]
+    scheduler.advance(step, {SequenceId(2): 7})
+    scheduler.finish(sequences[1])
+    assert scheduler.schedule() is None
+    assert scheduler.pool.num_used == 0
+
+
+def test_suspects_take_the_pages_of_others() -> None:
+    scheduler = Scheduler(Limits(num_pages=2, page_tokens=2, max_rows=8))
+    first, second = make(1, 2, 2), make(2, 1, 2)
+    for sequence in (first, second):
+        scheduler.add(sequence)
+    step = scheduler.schedule()
+    assert step is not None
+    for _ in range(SUSPECT_AFTER):
+        scheduler.strike(Step(step.rows[1:], ()))
+    # It runs already, and what it needs the first one holds.
+    scheduler.advance(step, {SequenceId(1): 7, SequenceId(2): 7})
+    assert second.strikes == 0
+    for _ in range(SUSPECT_AFTER):
+        scheduler.strike(Step(step.rows[1:], ()))
+    alone = scheduler.schedule()
+    assert alone is not None
+    assert [rows.sequence.id for rows in alone.rows] == [2]
 
 
 def test_cancelled_while_waiting_leaves_the_queue() -> None:

@@ -11,6 +11,7 @@ from typing import Any
 import grpc
 import pytest
 import torch
+from grpc_status import rpc_status
 
 from coordinator.engine import Engine
 from coordinator.models.spec import DenseSpec, ModelSpec
@@ -31,6 +32,7 @@ from protos.generation_pb2 import (
     GetModelRequest,
     Sampling,
     TokenIds,
+    Usage,
 )
 from protos.generation_pb2_grpc import GenerationStub, add_GenerationServicer_to_server
 from protos.interceptors import ErrorInterceptor
@@ -311,6 +313,9 @@ async def test_full_queue_and_full_cache_are_resource_exhausted(tmp_path: Path) 
     async with serve(tmp_path, FakeTokenizer(), Limits(num_pages=5, page_tokens=4, max_running=1, max_waiting=1)) as scene:
         scene.script.steps_left = asyncio.Semaphore(1)
         scene.script.text = b"x" * 90
+        with pytest.raises(grpc.aio.AioRpcError) as raised:
+            await scene.all(GenerateRequest(text="c", max_tokens=20))
+        assert (raised.value.code(), error_reason(raised.value)) == (grpc.StatusCode.RESOURCE_EXHAUSTED, "OUT_OF_MEMORY")
         first = scene.stub.Generate(GenerateRequest(text="a", max_tokens=9))
         await first.read()
         await first.read()
@@ -319,9 +324,6 @@ async def test_full_queue_and_full_cache_are_resource_exhausted(tmp_path: Path) 
         with pytest.raises(grpc.aio.AioRpcError) as raised:
             await scene.all(GenerateRequest(text="c", max_tokens=9))
         assert (raised.value.code(), error_reason(raised.value)) == (grpc.StatusCode.RESOURCE_EXHAUSTED, "QUEUE_FULL")
-        with pytest.raises(grpc.aio.AioRpcError) as raised:
-            await scene.all(GenerateRequest(text="c", max_tokens=20))
-        assert (raised.value.code(), error_reason(raised.value)) == (grpc.StatusCode.RESOURCE_EXHAUSTED, "OUT_OF_MEMORY")
         first.cancel()
         second.cancel()
         scene.script.steps_left.release()
@@ -353,7 +355,8 @@ async def test_deadline_ends_the_call_and_drops_its_sequence(scene: Scene) -> No
 async def test_stop_text_stops_the_work_though_the_caller_is_slow(scene: Scene) -> None:
     scene.script.text = b"ab" + b"x" * 80
     service: Any = GenerationService(model_of(FakeTokenizer()), scene.engine, SimpleNamespace())
-    async with contextlib.aclosing(service.Generate(GenerateRequest(text="hi", stop=["b"]), None)) as responses:
+    context = SimpleNamespace(invocation_metadata=lambda: None)
+    async with contextlib.aclosing(service.Generate(GenerateRequest(text="hi", stop=["b"]), context)) as responses:
         async for response in responses:
             if response.WhichOneof("event") == "finished":
                 break
@@ -389,6 +392,10 @@ async def test_engine_that_gives_up_ends_the_stream_with_the_error(scene: Scene,
     assert raised.value.code() is code
     assert error_reason(raised.value) == error.reason
     assert type(from_rpc_error(raised.value, "coordinator")) is type(error)
+    # What was made until then is accounted for, and nothing of it sticks to the error that others share.
+    (usage,) = [detail for detail in rpc_status.from_call(raised.value).details if detail.Is(Usage.DESCRIPTOR)]
+    assert Usage.FromString(usage.value) == Usage(prompt_tokens=2, completion_tokens=2)
+    assert error.details == ()
 
 
 async def test_refusal_is_told(scene: Scene) -> None:

@@ -5,10 +5,11 @@ from typing import Any
 
 from coordinator.engine import Engine
 from coordinator.planning.placement import WorkerReport
+from coordinator.recovery import Recoveries, Recovery
 from coordinator.request import Request
 from coordinator.scheduler import Limits
 from coordinator.status import MeshStatus
-from coordinator.workers.pool import Survey
+from coordinator.workers.roster import Survey
 from protos.errors import WorkerLost
 from protos.shardworker_pb2 import WORKER_STATE_LOADED, DescribeResponse, Held
 
@@ -38,7 +39,7 @@ def status(fanout: Any) -> MeshStatus:
     engine.scheduler.schedule()
     plan: Any = SimpleNamespace(digest=b"p" * 32, shards=(None, None))
     pool: Any = FakePool()
-    return MeshStatus(pool, plan, engine, fanout)
+    return MeshStatus(pool, plan, engine, Recoveries(), fanout)
 
 
 async def test_serving_spare_and_lost_workers_are_told_apart_in_the_order_given() -> None:
@@ -64,3 +65,16 @@ async def test_broken_mesh_serves_nobody() -> None:
     mesh = await status(None).report()
     assert (mesh.serving, mesh.epoch) == (False, 0)
     assert not any(worker.serving for worker in mesh.workers)
+
+
+async def test_what_broke_is_told_with_what_it_cost() -> None:
+    found = status(None)
+    quiet = (await found.report()).recovery
+    assert (dict(quiet.failures), quiet.recoveries, quiet.last_failure) == ({}, 0, "")
+    found.recoveries.failures.update(["WORKER_LOST", "WORKER_LOST", "WRONG_RESULT"])
+    found.recoveries.count = 2
+    found.recoveries.latest = Recovery("worker b:1 died", detect_ns=1, assemble_ns=2, canary_ns=3, replay_ns=4)
+    told = (await found.report()).recovery
+    assert (dict(told.failures), told.recoveries) == ({"WORKER_LOST": 2, "WRONG_RESULT": 1}, 2)
+    assert (told.last_failure, told.last_detect_ns, told.last_assemble_ns) == ("worker b:1 died", 1, 2)
+    assert (told.last_canary_ns, told.last_replay_ns) == (3, 4)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 from pathlib import Path
 
 import grpc
@@ -14,8 +14,9 @@ from coordinator.config import ModelSettings, ServeSettings
 from protos import generation_pb2, shardworker_pb2, shardworker_pb2_grpc
 from protos.errors import InvalidArgument, MeshError, NotServing, ProtocolMismatch, TopologyError, WorkerLost
 from protos.rpc import PROTOCOL_VERSION
-from shardworker.app import start_worker
+from shardworker.app import RunningWorker, start_worker
 from shardworker.shard import Shard
+from shardworker.source import Folder
 from tests.mesh.conftest import Mesh, MeshMaker, start_coordinator
 from tests.tiny import make_checkpoint
 
@@ -176,21 +177,99 @@ async def test_a_worker_lost_for_good_ends_the_stream_with_one_error(checkpoint:
             await running.generate(PROMPT, 4)
 
 
-async def test_a_partial_that_is_not_finite_never_becomes_a_token(
-    checkpoint: Path, mesh: MeshMaker, monkeypatch: pytest.MonkeyPatch
-) -> None:
+@pytest.fixture
+def lying(monkeypatch: pytest.MonkeyPatch) -> Callable[[RunningWorker, float], None]:
+    """`lying(worker, value)`: one of that worker's layers answers with that value from now on."""
     honest = Shard.feed_forward
+    liars: dict[int, float] = {}
 
-    def lie(self: Shard, layer: int, *arguments: object) -> torch.Tensor:
+    def feed_forward(self: Shard, layer: int, *arguments: object) -> torch.Tensor:
         result = honest(self, layer, *arguments)  # type: ignore[arg-type]
-        return result.fill_(float("nan")) if layer == 1 and self.plan.shard == 1 else result
+        return result.fill_(liars[id(self)]) if layer == 1 and id(self) in liars else result
 
-    async with mesh(checkpoint, 2) as running:
-        monkeypatch.setattr(Shard, "feed_forward", lie)
-        with pytest.raises(MeshError, match=r"the partials of shards \[1\] sum to NaN or infinity"):
+    def lie(worker: RunningWorker, value: float) -> None:
+        liars[id(worker._holding.shard)] = value
+
+    monkeypatch.setattr(Shard, "feed_forward", feed_forward)
+    return lie
+
+
+async def test_a_partial_that_is_not_finite_never_becomes_a_token(
+    checkpoint: Path, mesh: MeshMaker, lying: Callable[[RunningWorker, float], None], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async with mesh(checkpoint, 2, recovery_s=1.0) as running:
+        expected = (await running.generate(PROMPT, 4)).tokens
+        lying(running.workers[1], float("nan"))
+        with pytest.raises(NotServing, match=r"no full mesh: the partials of shards \[1\] sum to NaN or infinity"):
             await running.generate(PROMPT, 4)
         monkeypatch.undo()
-        assert len((await running.generate(PROMPT, 4)).tokens) == 4
+        await _until(running, lambda found: found.serving)
+        assert (await running.generate(PROMPT, 4)).tokens == expected
+
+
+@pytest.mark.parametrize("value", [float("nan"), 3.0], ids=["NaN", "finite"])
+async def test_a_worker_that_lies_is_passed_over_where_there_is_a_spare(
+    checkpoint: Path,
+    mesh: MeshMaker,
+    lying: Callable[[RunningWorker, float], None],
+    monkeypatch: pytest.MonkeyPatch,
+    value: float,
+) -> None:
+    monkeypatch.setattr("protos.rpc.CANARY_S", 0.05)
+    async with mesh(checkpoint, 2, spares=1) as running:
+        expected = (await running.generate(PROMPT, 8)).tokens
+        lying(running.workers[1], value)
+        # What is finite and wrong only the canary finds: nobody asks meanwhile.
+        await _until(running, lambda found: found.recovery.recoveries == 1 and found.serving)
+        assert (await running.generate(PROMPT, 8)).tokens == expected
+        found = await running.client.mesh()
+        assert [worker.address for worker in found.workers if not worker.serving] == [running.workers[1].address]
+        assert dict(found.recovery.failures) == {"WRONG_RESULT": 1}
+
+
+async def test_a_worker_that_is_lost_while_nobody_asks_is_replaced_at_once(checkpoint: Path, mesh: MeshMaker) -> None:
+    async with mesh(checkpoint, 2, spares=1) as running:
+        expected = (await running.generate(PROMPT, 8)).tokens
+        await running.workers[0].stop(0)
+        await _until(running, lambda found: found.recovery.recoveries == 1 and found.serving)
+        assert (await running.generate(PROMPT, 8)).tokens == expected
+
+
+async def test_spares_are_warmed_and_one_without_the_files_is_named(
+    checkpoint: Path, mesh: MeshMaker, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    warmed: list[int] = []
+    honest = Folder.warm
+    monkeypatch.setattr(Folder, "warm", lambda self: warmed.append(honest(self)) or warmed[-1])
+    async with mesh(checkpoint, 1, spares=2, warm_spares=True) as running:
+        await _until(running, lambda _: len(warmed) == 2)
+        size = sum(file.stat().st_size for file in checkpoint.glob("*.safetensors"))
+        assert warmed == [size, size]
+        assert (await running.client.mesh()).workers[1].weights_bytes == 0
+        coordinator = running.coordinator
+        plan, fanout = coordinator._status.plan, coordinator._status.fanout  # type: ignore[union-attr]
+        await coordinator._pool.warm(plan, checkpoint / "nowhere", fanout.addresses)  # type: ignore[union-attr]
+    assert capsys.readouterr().out.count("spare cannot be warmed") == 2
+
+
+async def test_a_session_that_is_silent_ends_by_its_lease_and_its_memory_is_free(
+    checkpoint: Path, mesh: MeshMaker, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("protos.rpc.LEASE_S", 0.2)
+    monkeypatch.setattr("protos.rpc.CANARY_S", 0.05)
+    async with mesh(checkpoint, 1) as running:
+        # A coordinator that is alive sends signs of life.
+        await asyncio.sleep(0.5)
+        assert (await running.client.mesh()).recovery.recoveries == 0
+        # One that hangs does not.
+        monkeypatch.setattr("coordinator.engine.Engine.prove", lambda *_: asyncio.Event().wait())
+        await _until(running, lambda found: found.workers[0].kv_bytes == 0)
+
+
+async def _until(running: Mesh, true: Callable[[generation_pb2.GetMeshResponse], bool]) -> None:
+    async with asyncio.timeout(30):
+        while not true(await running.client.mesh()):  # noqa: ASYNC110  # a caller can only ask
+            await asyncio.sleep(0.02)
 
 
 async def test_a_message_over_the_limit_is_refused_and_the_next_call_works(checkpoint: Path, mesh: MeshMaker) -> None:

@@ -61,7 +61,7 @@ def test_a_text_that_utf8_cannot_say_is_sent_all_the_same() -> None:
 
 @pytest.mark.parametrize("code", [code for code in grpc.StatusCode if code is not grpc.StatusCode.OK])
 def test_without_a_reason_only_codes_of_an_absent_peer_mean_that_it_is_lost(code: grpc.StatusCode) -> None:
-    absent = code.name in {"UNAVAILABLE", "DEADLINE_EXCEEDED", "CANCELLED", "UNKNOWN"}
+    absent = code.name in {"UNAVAILABLE", "DEADLINE_EXCEEDED", "CANCELLED", "UNKNOWN", "INTERNAL"}
     error = from_rpc_error(failed_call(code), "worker-1:5000")
     assert type(error) is (WorkerLost if absent else MeshError)
     assert str(error) == f"worker-1:5000: {code.name}"

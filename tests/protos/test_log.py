@@ -73,3 +73,19 @@ def test_a_terminal_gets_lines_for_people_without_local_variables() -> None:
     assert "ValueError: no answer" in shown
     assert not shown.startswith("{")
     assert "my secret" not in shown
+
+
+def test_the_format_can_be_chosen_whatever_standard_error_is() -> None:
+    shown = run(FAILING.replace("configure_logging()", 'configure_logging("info", "console")')).stderr
+    assert "request failed" in shown
+    assert "ValueError: no answer" in shown
+    assert not shown.startswith("{")
+    # No colours where nobody sees them.
+    assert "\x1b" not in shown
+    ours, theirs = pty.openpty()
+    try:
+        run(FAILING.replace("configure_logging()", 'configure_logging("info", "json")'), theirs)
+        assert json.loads(os.read(ours, 65536).decode())["event"] == "request failed"
+    finally:
+        os.close(ours)
+        os.close(theirs)

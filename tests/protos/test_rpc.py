@@ -14,7 +14,8 @@ LIMITS = {"max_send_bytes": 5, "max_receive_bytes": 7}
 )
 def test_tcp_is_allowed_only_if_it_was_asked_for(address: str) -> None:
     assert check_address(address, insecure=True) == address
-    with pytest.raises(InvalidArgument, match="--insecure"):
+    assert check_address(address, insecure=False, tls=True) == address
+    with pytest.raises(InvalidArgument, match="say --insecure to allow that, or use --tls DIR or a unix: socket"):
         check_address(address, insecure=False)
 
 
@@ -78,4 +79,4 @@ def test_a_reply_may_be_as_big_as_the_largest_head() -> None:
 
 
 def test_more_rows_get_more_time() -> None:
-    assert 0 < round_deadline_s(1) < round_deadline_s(512) < 600
+    assert 10 < round_deadline_s(10, 1) < 11 < round_deadline_s(10, 512) < 600

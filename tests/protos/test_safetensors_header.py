@@ -67,6 +67,7 @@ UNSOUND = {
     "null": {"a": None},
     "many dimensions": {"a": entry(shape=(1,) * 9)},
     "three offsets": {"a": {"dtype": "F32", "shape": [2], "data_offsets": [0, 8, 16]}},
+    "long name": {"a" * 2000: entry()},
     "half a byte": {"a": entry(0, 2, "F4", (3,))},
 }
 

@@ -27,7 +27,7 @@ ENVIRONMENT = os.environ | {"OMP_NUM_THREADS": "1"}
 @pytest.fixture(autouse=True)
 def quiet(monkeypatch: pytest.MonkeyPatch) -> None:
     """Logging is set up once for a process; the runner's streams are gone after a test."""
-    monkeypatch.setattr(cli, "configure_logging", lambda _: None)
+    monkeypatch.setattr(cli, "configure_logging", lambda *_: None)
 
 
 class Worker:
@@ -161,6 +161,8 @@ def refused(*args: str) -> tuple[int, str]:
     [
         (["--listen", "127.0.0.1:7000"], "say --insecure"),
         (["--listen", "nonsense"], "neither HOST:PORT nor unix:PATH"),
+        (["--listen", "127.0.0.1:0", "--tls", "/none"], "TLS folder /none: tls.crt is missing; wanted tls.crt, tls.key, ca.crt"),
+        (["--listen", "unix:w.sock", "--health-listen", "8080"], "'8080' is neither HOST:PORT nor unix:PATH"),
         (["--listen", "127.0.0.1:99999", "--insecure"], "neither HOST:PORT nor unix:PATH"),
         (["--listen", "unix:"], "needs a path"),
         (["--listen", "unix:/no/such/folder/w.sock"], "no folder"),

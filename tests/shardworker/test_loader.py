@@ -4,6 +4,7 @@ import gc
 import os
 import subprocess
 import sys
+import tracemalloc
 from typing import Any
 
 import pytest
@@ -18,6 +19,8 @@ from shardworker.kernels.linear import DenseWeight, GroupedWeight
 from shardworker.kernels.plain import PlainKernels
 from shardworker.loader import LoadCancelled, load_weights
 from shardworker.memory import Memory
+from shardworker.plan import check_plan
+from shardworker.source import Folder, Pieces
 from shardworker.weights import META, Layout
 
 KERNELS = PlainKernels(torch.device("cpu"))
@@ -81,7 +84,7 @@ def test_slices_equal_the_safetensors_library(
 def test_any_staging_and_segment_size_reads_the_same(
     monkeypatch: pytest.MonkeyPatch, make_tiny: Any, segment: int, staging: int
 ) -> None:
-    monkeypatch.setattr(loader, "SEGMENT_BYTES", segment)
+    monkeypatch.setattr(Folder, "smallest_piece", segment)
     monkeypatch.setattr(loader, "STAGING_BYTES", staging)
     tiny = make_tiny()
     check(tiny, tiny.plan(1, 2), torch.float32)
@@ -89,15 +92,15 @@ def test_any_staging_and_segment_size_reads_the_same(
 
 def test_only_the_slices_are_read(monkeypatch: pytest.MonkeyPatch, make_tiny: Any) -> None:
     tiny = make_tiny(hidden=64, dense=512)
-    monkeypatch.setattr(loader, "SEGMENT_BYTES", 1)
+    monkeypatch.setattr(Folder, "smallest_piece", 1)
     counts = [0]
-    read = loader.Folder.read_into
+    read = Folder.read_into
 
-    def count(self: loader.Folder, file: str, offset: int, buffer: memoryview) -> None:
+    def count(self: Folder, file: str, pieces: Pieces, buffer: memoryview) -> None:
         counts[0] += len(buffer)
-        read(self, file, offset, buffer)
+        read(self, file, pieces, buffer)
 
-    monkeypatch.setattr(loader.Folder, "read_into", count)
+    monkeypatch.setattr(Folder, "read_into", count)
     plan = tiny.plan(0, 2)
     load(tiny, plan)
     # In float32 each byte of the slice is read once; the norms once for each head.
@@ -176,7 +179,7 @@ def test_same_size_with_other_contents_is_refused(tiny: Any) -> None:
         load(tiny, plan)
 
 
-@pytest.mark.parametrize("directory", ["", "/no/such/folder", "a\0b"])
+@pytest.mark.parametrize("directory", ["", "/no/such/folder", "a\0b", "a" * 5000, "/" + "a/" * 5000])
 def test_a_missing_folder_is_named(tiny: Any, directory: str) -> None:
     with pytest.raises(ModelError, match="no folder"):
         load_weights(tiny.plan(), directory, KERNELS, lambda _: None, lambda: False)
@@ -203,6 +206,33 @@ def test_links_as_in_the_hub_cache_are_followed(tiny: Any) -> None:
         path.rename(tiny.directory / f"blob{number}")
         path.symlink_to(f"blob{number}")
     load(tiny, plan)
+
+
+def test_a_slice_of_more_bytes_than_can_be_counted_is_refused(tiny: Any) -> None:
+    plan = tiny.plan(random_weights=True)
+    # More than `check_plan` lets pass: sizes of 2**24 overflow only together.
+    experts, huge = plan.layers[1].experts, 2**31
+    for part in (experts.gate, experts.up, experts.down):
+        part.num_experts = experts.num_experts = huge
+        column = 1 if part is experts.down else 0
+        part.shape[column] = part.ranges[column].end = huge
+    with pytest.raises(OutOfMemory, match="more bytes than can be counted"):
+        load(tiny, plan)
+
+
+def test_experts_without_columns_are_not_listed(tiny: Any) -> None:
+    plan = tiny.plan()
+    experts = plan.layers[1].experts
+    for part in (experts.gate, experts.up, experts.down):
+        part.num_experts = experts.num_experts = 2**24
+        extent = part.ranges[1 if part is experts.down else 0]
+        extent.end = extent.start
+    check_plan(plan)
+    tracemalloc.start()
+    with pytest.raises(ModelError, match=r"no tensor '1\.4\.gate'"):
+        load(tiny, plan)
+    assert tracemalloc.get_traced_memory()[1] < 10_000_000
+    tracemalloc.stop()
 
 
 def test_too_little_memory_names_both_figures(monkeypatch: pytest.MonkeyPatch, tiny: Any) -> None:

@@ -64,11 +64,11 @@ class Gate:
         self.entered = 0
         load = loader.load_weights
 
-        def slow(plan: Any, directory: Any, device: Any, report: Any, is_cancelled: Any) -> Any:
+        def slow(plan: Any, directory: Any, device: Any, report: Any, is_cancelled: Any, *, supplier: Any) -> Any:
             self.entered += 1
             while not self.open.wait(0.002) and not (obeys and is_cancelled()):
                 pass
-            return load(plan, directory, device, report, is_cancelled)
+            return load(plan, directory, device, report, is_cancelled, supplier=supplier)
 
         monkeypatch.setattr(holding, "load_weights", slow)
 
@@ -382,7 +382,8 @@ async def test_an_open_of_another_protocol_or_too_many_pages_is_refused(client: 
     request = talk.rounds.open()
     request.open.protocol_version = 99
     assert (await talk.ask(request)).fault.reason == "PROTOCOL_MISMATCH"
-    fault = (await talk.open(2**32 - 1)).fault
+    assert (await talk.open(2**32 - 1)).fault.reason == "INVALID_ARGUMENT"
+    fault = (await talk.open(2**27)).fault
     assert (fault.code, fault.reason) == (8, "OUT_OF_MEMORY")
     assert (await client.describe()).kv_bytes == 0
 
@@ -412,13 +413,16 @@ async def test_what_breaks_inside_is_a_fault_without_details(
     talk = client.talk()
     await talk.open()
     lines: list[dict[str, Any]] = []
-    monkeypatch.setattr(service.log, "exception", lambda event, **facts: lines.append({"event": event, **facts}))
+    monkeypatch.setattr(service.log, "error", lambda event, **facts: lines.append({"event": event, **facts}))
     with monkeypatch.context() as patch:
         patch.setattr(Shard, "project", lambda *_: 1 / 0)
         fault = (await talk.attend(1, 0, torch.ones(1, 64), make_batch((1, 0, 1, [0])))).fault
     assert (fault.code, fault.reason) == (13, "INTERNAL")
     assert "division" not in fault.message
-    assert lines == [{"event": "round failed", "epoch": 1, "step": 1, "error": "ZeroDivisionError('division by zero')"}]
+    frames = lines[0].pop("frames")
+    assert lines == [{"event": "round failed", "epoch": 1, "step": 1, "error": "ZeroDivisionError"}]
+    assert "in answer" in frames
+    assert "division" not in frames
     assert len(await talk.step(2, make_batch((1, 0, 1, [0])))) == 2
 
 

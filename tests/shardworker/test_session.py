@@ -203,5 +203,13 @@ def test_kv_that_does_not_fit_names_both_figures(monkeypatch: pytest.MonkeyPatch
     Session(shard, 8, 0)
     with pytest.raises(OutOfMemory, match=r"8 pages of KV need 24576 bytes, 20000 are free"):
         Session(shard, 8, 80_000)
-    with pytest.raises(OutOfMemory, match="need 13194139533312 bytes"):
-        Session(shard, 2**32, 0)
+    with pytest.raises(OutOfMemory, match="need 824633720832 bytes"):
+        Session(shard, 2**28, 0)
+
+
+def test_more_pages_than_kernels_can_number_are_refused(tiny: Any) -> None:
+    # The first of eight shards has none of six heads: its pages take no memory.
+    shard = tiny.shard(tiny.plan(0, 8))
+    assert Session(shard, 2**29 - 1, 0).kv_bytes == 0
+    with pytest.raises(InvalidArgument, match="num_pages: 4294967295 pages of 4 tokens are more than the 2147483647"):
+        Session(shard, 2**32 - 1, 0)

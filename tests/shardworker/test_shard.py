@@ -10,8 +10,9 @@ import torch
 from protos import plan_pb2, shardworker_pb2, tensor_pb2
 from protos.digest import mesh_digest
 from protos.tensors import encode
+from shardworker import shard
 from shardworker.session import Session
-from shardworker.shard import best
+from shardworker.shard import Routing, best
 
 F32 = tensor_pb2.DTYPE_F32
 
@@ -156,6 +157,23 @@ def test_logsumexp_is_that_of_the_logits_in_float64(tiny: Any, tensor_of: Any, t
     assert head.logsumexp.dtype == tensor_pb2.DTYPE_F64
     wanted = wide_sums(tensor_of(whole.logits), temperatures)
     torch.testing.assert_close(tensor_of(head.logsumexp), wanted, rtol=1e-15, atol=0)
+
+
+@pytest.mark.parametrize("pass_bytes", [1, 3000, 12000])
+def test_many_rows_in_several_passes_give_what_one_pass_gives(
+    tiny: Any, monkeypatch: pytest.MonkeyPatch, pass_bytes: int
+) -> None:
+    one = tiny.shard(tiny.plan())
+    x = torch.randn(7, tiny.hidden)
+    chosen = torch.stack([torch.randperm(tiny.experts)[:2] for _ in range(7)]).int()
+    routing = Routing(chosen, torch.rand(7, 2), torch.rand(7))
+    temperatures = torch.rand(7, dtype=torch.float64) + 0.5
+    whole = [one.feed_forward(0, x, None), one.feed_forward(1, x, routing), *one.candidates(x, 3, temperatures)]
+    monkeypatch.setattr(shard, "PASS_BYTES", pass_bytes)
+    for found, wanted in zip(
+        [one.feed_forward(0, x, None), one.feed_forward(1, x, routing), *one.candidates(x, 3, temperatures)], whole, strict=True
+    ):
+        torch.testing.assert_close(found, wanted, rtol=1e-3, atol=1e-5)
 
 
 def test_best_prefers_lower_ids_among_equals() -> None:

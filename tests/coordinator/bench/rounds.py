@@ -24,8 +24,11 @@ def make_round(
     compute_ms: tuple[float, ...] = (3, 2),
 ) -> Round:
     started, ended = round(started_ms * MS), round((started_ms + lasted_ms) * MS)
-    answers = tuple(Answer(round(compute * MS), MS // 10, ended, 50 + 10 * shard) for shard, compute in enumerate(compute_ms))
-    return Round(action, layer, step, num_rows, started, started + MS // 10, 100, answers)
+    answers = tuple(
+        Answer(round(compute * MS), MS // 10, ended, 50 + 10 * shard, ended) for shard, compute in enumerate(compute_ms)
+    )
+    workers = tuple(f"worker-{shard}" for shard in range(len(answers)))
+    return Round(action, layer, step, num_rows, started, started + MS // 10, 100, answers, workers, experts=b"")
 
 
 def make_steps(num_rows: Sequence[int], sampled: Sequence[int] | None = None) -> list[Round]:

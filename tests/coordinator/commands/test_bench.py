@@ -123,6 +123,8 @@ def test_given_workers_are_measured_without_an_echo_and_stay(config_alone: Path,
         (("--workers", "h:1,h:1", "--insecure"), "addresses, each once"),
         (("--workers", " , "), "addresses, each once"),
         (("--workers", "h", "--insecure"), "neither HOST:PORT"),
+        (("--workers", "h", "--tls", "t"), "neither HOST:PORT"),
+        (("--tls", "t"), "--tls is for workers that run already: give --workers too"),
     ],
 )
 def test_given_workers_are_what_they_are(flags: tuple[str, ...], text: str, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,5 +1,6 @@
 """Flags of `coordctl serve` and `coordctl status`."""
 
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -9,7 +10,7 @@ from coordinator.commands import serve as serve_module
 from coordinator.commands import status as status_module
 from coordinator.commands.serve import serve
 from coordinator.commands.status import status
-from coordinator.config import ServeSettings
+from coordinator.config import SecuritySettings, ServeSettings
 from protos.errors import InvalidArgument, MeshError
 
 GOOD = {"--model": "m", "--listen": "unix:/run/c", "--workers": "unix:/run/a, unix:/run/b"}
@@ -23,7 +24,7 @@ def invoke(changes: dict[str, str], *switches: str) -> Any:
 @pytest.fixture
 def started(monkeypatch: pytest.MonkeyPatch) -> list[ServeSettings]:
     settings: list[ServeSettings] = []
-    monkeypatch.setattr(serve_module, "configure_logging", lambda _: None)
+    monkeypatch.setattr(serve_module, "configure_logging", lambda *_: None)
     monkeypatch.setattr(serve_module, "_serve", lambda wanted, _: settings.append(wanted))
     monkeypatch.setattr(serve_module, "run", lambda nothing: nothing)
     return settings
@@ -38,6 +39,10 @@ def started(monkeypatch: pytest.MonkeyPatch) -> list[ServeSettings]:
         ({"--listen": "0.0.0.0:80"}, "say --insecure"),
         ({"--listen": "x"}, "neither HOST:PORT"),
         ({"--shards": "3"}, "--shards 3 needs that many workers, 2 are listed"),
+        ({"--discover": "dns:w:1", "--shards": "2"}, "give --workers or --discover, not both"),
+        ({"--workers": "", "--discover": "dns:w:1"}, "--discover needs --shards"),
+        ({"--workers": "", "--discover": "consul:w:1", "--shards": "2"}, "wanted dns:NAME:PORT or kubernetes:"),
+        ({"--lease": "nowhere"}, "wanted NAMESPACE/NAME of a"),
     ],
 )
 def test_bad_settings_are_one_clear_error(started: list[ServeSettings], changes: dict[str, str], text: str) -> None:
@@ -68,7 +73,7 @@ def test_flag_that_click_refuses_is_exit_code_2(started: list[ServeSettings], fl
     assert not started
 
 
-@pytest.mark.parametrize("missing", list(GOOD))
+@pytest.mark.parametrize("missing", ["--model", "--listen"])
 def test_required_flag_is_asked_for(missing: str) -> None:
     flags = [part for pair in GOOD.items() if pair[0] != missing for part in pair]
     result = CliRunner().invoke(serve, flags)
@@ -85,6 +90,35 @@ def test_settings_say_what_the_flags_say(started: list[ServeSettings]) -> None:
     (settings,) = started
     assert (settings.workers, settings.listen, settings.shards, settings.insecure) == (("a:1", "b:2"), "c:3", 1, True)
     assert (settings.model.quantization, settings.model.random_weights, settings.model.wire) == ("int8", True, "bf16")
+
+
+def test_doors_are_as_the_flags_say(started: list[ServeSettings]) -> None:
+    flags = {"--listen": "c:1", "--tls": "t", "--caller-tls": "u", "--api-keys": "k", "--health-listen": "0.0.0.0:8"}
+    result = invoke(flags, "--require-caller-certificate")
+    assert result.exception is None, result.exception
+    (settings,) = started
+    assert settings.security == SecuritySettings(Path("t"), Path("u"), require_caller_certificate=True, api_keys=Path("k"))
+    assert (settings.health_listen, settings.insecure) == ("0.0.0.0:8", False)
+
+
+@pytest.mark.parametrize(
+    ("changes", "startup_s"),
+    [
+        ({}, 60.0),
+        ({"--startup-timeout": "5"}, 5.0),
+        ({"--startup-timeout": "0"}, 0.0),
+        ({"--workers": "", "--discover": "dns:w:1"}, None),
+        ({"--workers": "", "--discover": "kubernetes:ns/w:grpc", "--lease": "ns/l", "--startup-timeout": "5"}, 5.0),
+    ],
+)
+def test_listed_workers_are_waited_for_a_minute_and_others_for_ever(
+    started: list[ServeSettings], changes: dict[str, str], startup_s: float | None
+) -> None:
+    result = invoke({"--shards": "2", **changes}, "--insecure")
+    assert result.exception is None, result.exception
+    discovery = started[0].discovery
+    assert (discovery.discover, discovery.lease) == (changes.get("--discover"), changes.get("--lease"))
+    assert discovery.startup_s == startup_s
 
 
 @pytest.mark.parametrize(("address", "text"), [("host:1", "say --insecure"), ("nonsense", "neither HOST:PORT")])

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any, Self
 import pytest
 from click.testing import CliRunner
 
+from coordinator.client import Credentials
 from coordinator.commands import status as command
 from protos.generation_pb2 import GetMeshResponse, GetModelResponse, MeshLoad, MeshWorker
 
@@ -33,8 +34,9 @@ MESH = GetMeshResponse(
 
 
 class FakeClient:
-    def __init__(self, address: str) -> None:
+    def __init__(self, address: str, credentials: Credentials) -> None:
         assert address == "unix:/socket"
+        assert credentials == Credentials()
 
     async def __aenter__(self) -> Self:
         return self

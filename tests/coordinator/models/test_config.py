@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
 from typing import Any
 
@@ -71,6 +72,20 @@ def test_values_are_read() -> None:
     assert section.source == "config.json: g"
 
 
+def test_endless_names_are_refused_in_few_words() -> None:
+    found = config(a="x" * 10**6, b=["x" * 10**6], c=3, d=[3])
+    for read, key in ((found.text, "a"), (found.texts, "b"), (found.text, "c"), (found.texts, "d")):
+        with pytest.raises(ModelError, match="of up to 256 characters, found") as raised:
+            read(key)
+        assert len(str(raised.value)) < 200
+
+
+def test_a_pipe_in_place_of_a_config_is_not_waited_for(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "generation_config.json")
+    with pytest.raises(ModelError, match="is not a regular file"):
+        read_stop_ids(tmp_path)
+
+
 def test_null_is_absent() -> None:
     found = config(n=None)
     assert not found.has("n")
@@ -126,7 +141,7 @@ def test_overflowing_number_is_refused_where_it_is_read(tmp_path: Path) -> None:
 def test_huge_config_is_not_read(tmp_path: Path) -> None:
     with (tmp_path / "config.json").open("wb") as file:
         file.truncate(MAX_FILE_BYTES + 1)
-    with pytest.raises(ModelError, match="too many for a configuration"):
+    with pytest.raises(ModelError, match="bytes are too many, at most 16777216"):
         read_config(tmp_path)
 
 

@@ -262,8 +262,15 @@ def test_a_template_cannot_get_out(source: str) -> None:
     assert not set("<[{") & set(text)
 
 
+def test_a_template_of_endless_length_is_not_compiled() -> None:
+    with pytest.raises(ModelError, match="chat template has 200000 characters, at most 131072 are read"):
+        ChatTemplate("x" * 200_000, {})
+
+
 # A list of a hundred lists whose text is of 2**99 characters.
 TREE = "{% set ns = namespace(x=[1]) %}{% for i in range(99) %}{% set ns.x = [ns.x, ns.x] %}{% endfor %}{% set x = ns.x %}"
+
+TWO_TREES = TREE + TREE.replace("set x =", "set y =")
 
 BOMBS = [
     "{% for i in range(10**9) %}x{% endfor %}",
@@ -301,6 +308,30 @@ BOMBS = [
     "{% for m in messages recursive %}{{ loop(messages) }}{% endfor %}",
     "{% set x %}{% for i in range(99999) %}{{ messages[0].content * 1000 }}{% endfor %}{% endset %}",
     "{{ lipsum(n=10**6) }}",
+    *(TWO_TREES + use for use in ("{{ x == y }}", "{{ x in [y] }}", "{{ [x, y]|unique|list|length }}", "{{ x|upper|length }}")),
+    *(TREE.replace("[", "(").replace("]", ",)") + use for use in ("{{ {x: 1}|length }}", "{{ x.count(1) }}")),
+    "{% set ns = namespace(x={}) %}{% for i in range(99) %}{% set ns.x = {1: ns.x.items(), 2: 3} %}{% endfor %}{{ ns.x }}",
+    (
+        "{% set ns = namespace(x=[1]) %}{% macro f() %}{% set ns.x = varargs %}{% endmacro %}"
+        "{% for i in range(99) %}{{ f(ns.x, ns.x) }}{% endfor %}{{ ns.x == 1 }}"
+    ),
+    "{% set ns = namespace(x=[1]) %}{% for i in range(99) %}{% set ns.x = [ns.x] * 2 %}{% endfor %}{{ ns.x == 1 }}",
+    "{% set ns = namespace(x={}) %}{% for i in range(99) %}{% set ns.x = dict(a=ns.x, b=ns.x) %}{% endfor %}{{ ns.x == 1 }}",
+    "{{ 'a'.encode().ljust(10**10)|length }}",
+    "{{ ('%9999999999d'.encode() % 1)|length }}",
+    "{{ (5).to_bytes(10**10, 'big')|length }}",
+    "{{ ('a' * 10000).translate({97: 'b' * 1000000})|length }}",
+    "{{ ('a' * 4000000).strip('b' * 4000000 ~ 'a')|length }}",
+    "{{ ('a' * 4000000).rfind('ab' ~ 'a' * 2000000) }}",
+    "{{ (('<!---->' * 1000000)|safe).striptags()|length }}",
+    "{{ 5|round(-10**9) }}",
+    "{{ ('f' * 4000000)|int(0, 16) // 3 }}",
+    "{{ range(20000)|list|tojson(separators=('x' * 1000000, ':'))|length }}",
+    (
+        "{% set ns = namespace(x=range(20000)|list) %}{% for i in range(900) %}{% set ns.x = [ns.x] %}{% endfor %}"
+        "{{ ns.x|tojson(indent=60)|length }}"
+    ),
+    "{{ strftime_now('%9999999d' * 10000)|length }}",
 ]
 
 

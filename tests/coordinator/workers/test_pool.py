@@ -9,12 +9,16 @@ from typing import Any
 
 import grpc
 import pytest
+from structlog.testing import capture_logs
 
 from coordinator.planning.placement import Placement, WorkerReport
+from coordinator.workers import roster as roster_module
+from coordinator.workers.assignment import choose_assignment
 from coordinator.workers.client import WorkerClient
-from coordinator.workers.pool import LoadEvent, WorkerPool, choose_assignment
+from coordinator.workers.loading import LoadEvent
+from coordinator.workers.pool import WorkerPool
 from protos import rpc
-from protos.errors import MeshError, ModelError, OutOfMemory, ProtocolMismatch, StaleEpoch, WorkerLost
+from protos.errors import MeshError, ModelError, NotServing, OutOfMemory, PlanMismatch, ProtocolMismatch, StaleEpoch, WorkerLost
 from protos.interceptors import ErrorInterceptor
 from protos.plan_pb2 import ShardPlan
 from protos.shardworker_pb2 import (
@@ -84,17 +88,24 @@ class FakeWorker(ShardWorkerServicer):
         self.sessions_open = 0
         self.session_ended = asyncio.Event()
         self.load_cancelled = asyncio.Event()
+        self.idle_progress_s = 0.0
+        self.on_describe: Callable[[], Any] = lambda: None
         self.on_load: Callable[[], Any] = lambda: None
         self.on_execute: Callable[[ExecuteRequest, grpc.aio.ServicerContext], Any] = lambda *_: None
 
     async def Describe(self, message: Any, context: Any) -> DescribeResponse:  # noqa: N802
         del message, context
+        if waiting := self.on_describe():
+            await waiting
         return self.description
 
     async def Load(self, message: LoadRequest, context: Any) -> AsyncIterator[LoadResponse]:  # noqa: N802
         del context
         self.loads.append(message)
         yield LoadResponse(progress=LoadProgress(loaded_bytes=50, total_bytes=100))
+        while self.idle_progress_s:
+            await asyncio.sleep(self.idle_progress_s)
+            yield LoadResponse(progress=LoadProgress(loaded_bytes=50, total_bytes=100))
         try:
             if waiting := self.on_load():
                 await waiting
@@ -207,6 +218,63 @@ async def test_load_without_progress_is_given_up(cluster: Cluster, monkeypatch: 
         await asyncio.wait_for(workers[0].load_cancelled.wait(), 5)
 
 
+async def test_load_that_tells_of_itself_and_gets_nowhere_is_given_up(cluster: Cluster, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(rpc, "LOAD_STALL_S", 0.05)
+    async with cluster(1) as (pool, workers):
+        workers[0].idle_progress_s = 0.01
+        with pytest.raises(WorkerLost, match="is stuck at 50 of 100 bytes of weights"):
+            await assemble(pool, 1)
+
+
+async def test_whoever_failed_is_passed_over_while_others_suffice(cluster: Cluster) -> None:
+    async with cluster(3) as (pool, _):
+        first, second, third = pool.clients
+        pool.blame(WorkerLost("hangs"), [second])
+        fanout = await assemble(pool)
+        assert fanout.addresses == (first, third)
+        fanout.close()
+        # Too few are beyond doubt: whoever failed longest ago comes back.
+        pool.blame(WorkerLost("hangs"), [first])
+        pool.blame(WorkerLost("hangs"), [third])
+        fanout = await assemble(pool)
+        assert set(fanout.addresses) == {first, second}
+        fanout.close()
+
+
+async def test_a_refusal_is_nobodys_failure(cluster: Cluster) -> None:
+    async with cluster(3) as (pool, _):
+        for error in (StaleEpoch("old"), PlanMismatch("other")):
+            pool.blame(error, list(pool.clients)[:1])
+        fanout = await assemble(pool)
+        assert fanout.addresses == tuple(pool.clients)[:2]
+        fanout.close()
+
+
+async def test_a_worker_whose_load_fails_is_passed_over_the_next_time(cluster: Cluster) -> None:
+    async with cluster(3) as (pool, workers):
+
+        async def refuse() -> None:
+            raise ModelError("no such folder")
+
+        workers[0].on_load = refuse
+        with pytest.raises(ModelError):
+            await assemble(pool)
+        fanout = await assemble(pool)
+        assert fanout.addresses == tuple(pool.clients)[1:]
+        fanout.close()
+
+
+async def test_a_worker_that_does_not_answer_holds_up_a_mesh_of_the_others_for_a_moment_only(
+    cluster: Cluster, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(roster_module, "SETTLE_S", 0.01)
+    async with cluster(3) as (pool, workers):
+        workers[0].on_describe = lambda: asyncio.Event().wait()
+        fanout = await assemble(pool)
+        assert fanout.addresses == tuple(pool.clients)[1:]
+        fanout.close()
+
+
 async def test_refused_open_closes_all_sessions(cluster: Cluster) -> None:
     async with cluster(2) as (pool, workers):
 
@@ -260,3 +328,84 @@ async def test_worker_that_does_not_listen_is_a_failure_with_its_name(tmp_path: 
 async def test_client_is_a_context(cluster: Cluster) -> None:
     async with cluster(1) as (pool, _), WorkerClient(next(iter(pool.clients))) as client:
         assert (await client.describe(wait_for_ready=True)).version == "1"
+
+
+def addresses_of(pool: WorkerPool) -> list[str]:
+    return list(pool.clients)
+
+
+async def test_newcomers_are_asked_and_those_that_went_away_no_more(cluster: Cluster) -> None:
+    async with cluster(3) as (pool, _):
+        first, second, third = addresses_of(pool)
+        pool.follow([first])
+        assert [report.address for report in (await pool.survey(wait_for_ready=False)).reports] == [first]
+        kept = pool.clients[first]
+        pool.follow([third, first, second])
+        assert [report.address for report in (await pool.survey(wait_for_ready=False)).reports] == [third, first, second]
+        assert pool.clients[first] is kept
+        pool.follow([])
+        with pytest.raises(NotServing, match="2 shards need 2 workers, found 0: waiting for more"):
+            await assemble(pool)
+
+
+async def test_a_worker_that_goes_away_while_it_is_asked_is_left_out(cluster: Cluster) -> None:
+    async with cluster(2) as (pool, workers):
+        first, second = addresses_of(pool)
+        asked = asyncio.Event()
+
+        async def hang() -> None:
+            asked.set()
+            await asyncio.Event().wait()
+
+        workers[0].on_describe = hang
+        surveying = asyncio.create_task(pool.survey(wait_for_ready=False))
+        await asked.wait()
+        pool.follow([second])
+        survey = await asyncio.wait_for(surveying, 5)
+        assert [report.address for report in survey.reports] == [second]
+        assert survey.failures == {}
+        assert first not in pool.clients
+
+
+async def test_newcomers_end_the_wait_for_workers_that_do_not_listen(cluster: Cluster, tmp_path: Path) -> None:
+    async with cluster(1) as (pool, _):
+        (first,) = addresses_of(pool)
+        nobody = f"unix:{tmp_path}/nobody"
+        pool.follow([nobody])
+        waiting = asyncio.create_task(pool.survey(wait_for_ready=True))
+        await asyncio.sleep(0)
+        pool.follow([nobody, first])
+        # Well before the deadline of an answer.
+        survey = await asyncio.wait_for(waiting, rpc.DESCRIBE_DEADLINE_S / 2)
+        assert list(survey.failures) == [nobody]
+
+
+async def test_a_session_outlives_its_worker_in_the_list_and_its_channel_is_closed_with_the_next_mesh(cluster: Cluster) -> None:
+    async with cluster(3) as (pool, workers):
+        first, second, third = addresses_of(pool)
+        fanout = await assemble(pool)
+        gone = pool.clients[second]
+        pool.follow([first, third])
+        # The fake answers every round as if it were the first.
+        await fanout.round(ExecuteRequest(), "opened", 1)
+        # It may come back, as it is.
+        pool.follow([first, second, third])
+        assert pool.clients[second] is gone
+        pool.follow([first, third])
+        fanout.close()
+        assert (await assemble(pool)).addresses == (first, third)
+        with pytest.raises(grpc.aio.UsageError, match="closed"):
+            await gone.describe(wait_for_ready=False)
+        assert workers[1].sessions_open == 0
+
+
+async def test_who_cannot_be_used_is_logged_once_for_each_reason(cluster: Cluster) -> None:
+    async with cluster(3) as (pool, workers):
+        workers[0].description.protocol_version = rpc.PROTOCOL_VERSION + 1
+        with capture_logs() as lines:
+            for _ in range(3):
+                (await assemble(pool)).close()
+            workers[0].description.protocol_version = rpc.PROTOCOL_VERSION + 2
+            (await assemble(pool)).close()
+        said = [line["error"] for line in lines if line["event"] == "worker cannot be used"]
+        assert [f"speaks protocol {rpc.PROTOCOL_VERSION + number}" in text for number, text in enumerate(said, 1)] == [True, True]

@@ -1,0 +1,63 @@
+"""The wait for the first mesh: workers may start later than their coordinator, or be found later."""
+
+from __future__ import annotations
+
+import math
+import time
+from typing import TYPE_CHECKING, TypeVar
+
+import structlog
+
+from protos.errors import MeshError, NotServing, WorkerLost
+
+if TYPE_CHECKING:
+    from collections.abc import Awaitable, Callable
+
+log = structlog.get_logger(__name__)
+
+T = TypeVar("T")
+
+RETRY_S = 0.5
+"""Longest pause between two attempts."""
+
+
+async def first_mesh(
+    attempt: Callable[[], Awaitable[T]],
+    wait_changed: Callable[[float], Awaitable[None]],
+    *,
+    timeout_s: float | None,
+    heals: Callable[[MeshError], bool],
+) -> T:
+    """Try until there is a mesh; what stands in the way is logged once, however often it is tried.
+
+    Args:
+        attempt: makes a mesh, or raises why there is none.
+        wait_changed: waits until workers come or go, but no longer than so many seconds.
+        timeout_s: after how many seconds no other attempt is made; 0: only one is; None: for ever.
+        heals: whether an error may go away by itself, without a change of this coordinator.
+
+    Raises:
+        MeshError: of the first attempt, if there is no second; of any, if it does not heal.
+        NotServing: no mesh after `timeout_s`.
+
+    """
+    started, told = time.monotonic(), ""
+    while True:
+        try:
+            return await attempt()
+        except MeshError as error:
+            # An attempt that is under way when the time is up goes on: large weights take long.
+            left_s = math.inf if timeout_s is None else started + timeout_s - time.monotonic()
+            if timeout_s == 0 or not heals(error):
+                raise
+            if left_s <= 0:
+                raise NotServing(f"no mesh within {timeout_s:g} s (--startup-timeout): {error}") from None
+            if told != str(error):
+                told = str(error)
+                log.warning("no mesh yet", reason=error.reason, error=told)
+        await wait_changed(min(RETRY_S, left_s))
+
+
+def heals_by_itself(error: MeshError) -> bool:
+    """Whether more workers, or the same a little later, may be all that is missing."""
+    return isinstance(error, WorkerLost | NotServing)

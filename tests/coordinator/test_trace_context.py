@@ -1,0 +1,45 @@
+"""The caller's trace id gets into log lines, and nothing else that a caller may send does."""
+
+import contextvars
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import structlog
+
+from coordinator.trace_context import bind_trace
+
+TRACE, SPAN = "4bf92f3577b34da6a3ce929d0e0e4736", "00f067aa0ba902b7"
+
+
+def bound(*metadata: tuple[str, Any]) -> dict[str, Any]:
+    def bind() -> dict[str, Any]:
+        structlog.contextvars.clear_contextvars()
+        context: Any = SimpleNamespace(invocation_metadata=lambda: metadata or None)
+        bind_trace(context)
+        return structlog.contextvars.get_contextvars()
+
+    return contextvars.copy_context().run(bind)
+
+
+@pytest.mark.parametrize("value", [f"00-{TRACE}-{SPAN}-01", f"00-{TRACE}-{SPAN}-00", f"cc-{TRACE}-{SPAN}-01-what.comes"])
+def test_the_trace_id_is_bound(value: str) -> None:
+    assert bound(("user-agent", "x"), ("traceparent", value)) == {"trace_id": TRACE}
+
+
+@pytest.mark.parametrize(
+    "metadata",
+    [
+        (),
+        (("traceparent", ""),),
+        (("traceparent", f"ff-{TRACE}-{SPAN}-01"),),
+        (("traceparent", f"00-{'0' * 32}-{SPAN}-01"),),
+        (("traceparent", f"00-{TRACE}-{'0' * 16}-01"),),
+        (("traceparent", f"00-{TRACE.upper()}-{SPAN}-01"),),
+        (("traceparent", f"00-{TRACE}-{SPAN}-01\n"),),
+        (("traceparent", b"00"),),
+        (("traceparent", f"00-{TRACE}-{SPAN}-01"), ("traceparent", f"00-{TRACE}-{SPAN}-01")),
+    ],
+)
+def test_anything_else_is_passed_over(metadata: tuple[tuple[str, Any], ...]) -> None:
+    assert bound(*metadata) == {}
