@@ -22,6 +22,11 @@ if TYPE_CHECKING:
 
 MAX_REQUEST_ID = 128
 MAX_STOP_TEXTS = 16
+MAX_STOP_TOKENS = 1024
+MAX_MESSAGES = 16384
+"""Of a chat: an empty one takes 2 bytes of a request and hundreds of a template's memory."""
+MAX_ARGUMENT_BYTES = 2**20
+"""Of a template's arguments as they come: likewise."""
 
 
 def read_request(message: generation_pb2.GenerateRequest, model: ServedModel, most_tokens: int) -> Request:
@@ -40,6 +45,8 @@ def read_request(message: generation_pb2.GenerateRequest, model: ServedModel, mo
     if len(request_id) > MAX_REQUEST_ID or not request_id.isprintable():
         raise InvalidArgument(f"request_id must be at most {MAX_REQUEST_ID} printable characters")
     check_stops(message.stop, model)
+    if len(message.stop_token_ids) > MAX_STOP_TOKENS:
+        raise InvalidArgument(f"stop_token_ids takes up to {MAX_STOP_TOKENS}, found {len(message.stop_token_ids)}")
     prompt = _prompt(message, model)
     request = Request(
         request_id=request_id,
@@ -76,9 +83,11 @@ def _prompt(message: generation_pb2.GenerateRequest, model: ServedModel) -> list
         raise InvalidArgument(f"{model.settings.model} has no tokenizer.json: send token ids")
     if kind == "text":
         return model.tokenizer.encode(message.text)
+    if not 1 <= len(message.chat.messages) <= MAX_MESSAGES:
+        raise InvalidArgument(f"a chat has 1 to {MAX_MESSAGES} messages, found {len(message.chat.messages)}")
+    if (size := message.chat.template_arguments.ByteSize()) > MAX_ARGUMENT_BYTES:
+        raise InvalidArgument(f"template_arguments may take {MAX_ARGUMENT_BYTES} bytes, found {size}")
     messages = [{"role": one.role, "content": one.content} for one in message.chat.messages]
-    if not messages:
-        raise InvalidArgument("the chat has no messages")
     try:
         arguments = MessageToDict(message.chat.template_arguments)
     except ValueError as error:
