@@ -7,6 +7,7 @@ at the keyboard can mend what is wrong.
 from __future__ import annotations
 
 import os
+import signal
 import sys
 from typing import TYPE_CHECKING, NoReturn
 
@@ -24,8 +25,6 @@ EXIT_MISTAKE = 2
 
 MISTAKES = (InvalidArgument, ModelError, TopologyError)
 
-_SIGINT = 2
-
 
 def exit_after(number: Signals | int) -> int:
     """Exit code of a program that a signal ended."""
@@ -41,13 +40,16 @@ def run_program(name: str, command: click.Command) -> NoReturn:
 
     """
     _open_standard_streams()
+    # Until an event loop has handlers of its own, which may take seconds: the first process of a container, for which the system
+    # has no default, would ignore it.
+    signal.signal(signal.SIGTERM, _terminate)
     try:
         command(prog_name=name, standalone_mode=False)
         sys.stdout.flush()
     except click.exceptions.Exit as stop:
         sys.exit(stop.exit_code)
     except (click.Abort, KeyboardInterrupt):
-        sys.exit(exit_after(_SIGINT))
+        sys.exit(exit_after(signal.SIGINT))
     except click.ClickException as error:
         _end(name, error.format_message(), EXIT_MISTAKE)
     except MeshError as error:
@@ -57,6 +59,10 @@ def run_program(name: str, command: click.Command) -> NoReturn:
         os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
         _end(name, error.strerror or str(error), EXIT_FAILURE)
     sys.exit(0)
+
+
+def _terminate(number: int, _: object) -> NoReturn:
+    os._exit(exit_after(number))
 
 
 def _end(name: str, text: str, code: int) -> NoReturn:

@@ -4,10 +4,11 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+from google.protobuf.struct_pb2 import Struct
 
 from coordinator.intake import read_request
 from protos.errors import InvalidArgument
-from protos.generation_pb2 import Chat, GenerateRequest, TokenIds
+from protos.generation_pb2 import Chat, ChatMessage, GenerateRequest, TokenIds
 
 EOS = 9
 
@@ -22,6 +23,12 @@ def _model(*, tokenizer: bool = True) -> Any:
     )
 
 
+def _arguments(num_bytes: int) -> Struct:
+    arguments = Struct()
+    arguments.update({"a": "x" * num_bytes})
+    return arguments
+
+
 @pytest.mark.parametrize(
     ("message", "text"),
     [
@@ -29,7 +36,10 @@ def _model(*, tokenizer: bool = True) -> Any:
         (GenerateRequest(text=""), "the prompt is empty"),
         (GenerateRequest(token_ids=TokenIds()), "the prompt is empty"),
         (GenerateRequest(token_ids=TokenIds(ids=[128])), "token id 128 is outside the vocabulary of 128"),
-        (GenerateRequest(chat=Chat()), "the chat has no messages"),
+        (GenerateRequest(chat=Chat()), "a chat has 1 to 16384 messages, found 0"),
+        (GenerateRequest(chat=Chat(messages=[ChatMessage()] * 16385)), "a chat has 1 to 16384 messages, found 16385"),
+        (GenerateRequest(chat=Chat(messages=[ChatMessage()], template_arguments=_arguments(2**20))), "may take 1048576 bytes"),
+        (GenerateRequest(text="x", stop_token_ids=range(1025)), "stop_token_ids takes up to 1024, found 1025"),
         (GenerateRequest(text="x", max_tokens=0), "max_tokens must be >= 1, found 0"),
         (GenerateRequest(text="x" * 10, max_tokens=11), "are 21 tokens together, the model's context holds 20"),
         (GenerateRequest(text="x" * 15), "the prompt has 15 tokens, prompt and completion together may have 15"),

@@ -274,7 +274,7 @@ def with_arguments(**arguments: float) -> Chat:
         (GenerateRequest(text="x", sampling=Sampling(min_p=2)), "min_p must be in"),
         (GenerateRequest(text="x", sampling=Sampling(repetition_penalty=0)), "repetition_penalty must be in"),
         (GenerateRequest(text="x", sampling=Sampling(presence_penalty=9)), "presence_penalty must be in"),
-        (GenerateRequest(chat=Chat()), "the chat has no messages"),
+        (GenerateRequest(chat=Chat()), "a chat has 1 to 16384 messages"),
         (GenerateRequest(chat=with_arguments(**{"raise": 1})), "the chat template refuses: no"),
         (GenerateRequest(chat=with_arguments(number=float("nan"))), "template_arguments"),
     ],

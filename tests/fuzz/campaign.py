@@ -19,7 +19,7 @@ from hypothesis import strategies as st
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
 
-SAMPLE = 3_000
+SAMPLE = 4_000
 MESSAGES = int(os.environ.get("FUZZ_MESSAGES", str(SAMPLE)))
 """Of all kinds together, roughly; set by `make fuzz`."""
 

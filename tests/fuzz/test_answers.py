@@ -57,7 +57,7 @@ def liar(random: Random, at: int, told: list[str]) -> Callable[[int, bytes], byt
     return alter
 
 
-@fuzz(0.04)
+@fuzz(0.015)
 def test_changed_answers_are_summed_or_refused(stack: Stack, runner: asyncio.Runner, number: int) -> None:
     random = Random(number)
     told: list[str] = []

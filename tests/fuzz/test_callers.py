@@ -78,7 +78,7 @@ def calls(stack: Stack, runner: asyncio.Runner) -> Iterator[Calls]:
     one.serving.task.cancel()
 
 
-@fuzz(0.06)
+@fuzz(0.03)
 def test_changed_requests_are_served_or_refused(calls: Calls, runner: asyncio.Runner, number: int) -> None:
     random = Random(number)
     request = GenerateRequest.FromString(random.choice(calls.requests).SerializeToString())

@@ -103,7 +103,7 @@ def changed_json(random: Random, value: Any) -> Any:
     return copy.deepcopy(random.choice(SPECIAL))
 
 
-@fuzz(0.03)
+@fuzz(0.015)
 def test_changed_configurations_are_read_or_refused(folder: Folder, number: int) -> None:
     random = Random(number)
     names = [name for name in folder.contents if name.endswith(".json")]
@@ -122,7 +122,7 @@ def test_changed_configurations_are_read_or_refused(folder: Folder, number: int)
     folder.open_with(name, content)
 
 
-@fuzz(0.03)
+@fuzz(0.015)
 def test_changed_headers_are_read_or_refused(folder: Folder, number: int) -> None:
     random = Random(number)
     path = random.choice(folder.weights)

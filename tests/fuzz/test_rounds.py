@@ -136,7 +136,7 @@ def changed(random: Random, data: bytes) -> ExecuteRequest | None:
     return request
 
 
-@fuzz(0.22, messages=10)
+@fuzz(0.3, messages=10)
 def test_changed_rounds_are_served_or_refused(recorded: Recorded, runner: asyncio.Runner, number: int) -> None:
     random = Random(number)
 
@@ -194,7 +194,7 @@ def hostile_batches(random: Random) -> Iterator[tuple[Batch, int]]:
         yield batch, rows
 
 
-@fuzz(0.22, messages=12)
+@fuzz(0.3, messages=12)
 def test_hostile_batches_are_served_or_refused(recorded: Recorded, runner: asyncio.Runner, number: int) -> None:
     """Positions, pages and rows that go to compiled code as they are, once they are found sound."""
     random = Random(number)

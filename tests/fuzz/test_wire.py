@@ -124,7 +124,7 @@ async def call(
     return code
 
 
-@fuzz(0.02)
+@fuzz(0.01)
 def test_any_bytes_get_a_status(wire: Wire, runner: asyncio.Runner, number: int) -> None:
     random = Random(number)
     service = random.choice((GENERATION, WORKER))
