@@ -91,6 +91,7 @@ class Coordinator:
         self._pool = WorkerPool(
             settings.workers,
             round_timeout_s=settings.round_timeout_s,
+            lease_s=rpc.lease_s(settings.round_timeout_s, settings.max_rows),
             observer=observer,
             certificates=self._access.certificates,
             lease=self._neighbours.lease,
@@ -189,7 +190,7 @@ class Coordinator:
             await self._exporter.listen(settings.metrics_listen)
         self._looking = asyncio.create_task(self._neighbours.run(self._pool.follow))
         check_rows(settings.max_rows, self.model.spec.hidden, num_bytes(WIRES[settings.model.wire], (1, self.model.spec.hidden)))
-        plan = await asyncio.to_thread(self.model.plan, await self._choose_shards(), PAGE_TOKENS)
+        plan = await asyncio.to_thread(self.model.plan, self._choose_shards(), PAGE_TOKENS)
         metrics = self._exporter.metrics if self._exporter else None
         # Pages are counted when the workers have said how much memory they have.
         engine = Engine(self._limits(num_pages=1), self.model.spec.vocabulary, self.model.spec.context, metrics)
@@ -224,12 +225,11 @@ class Coordinator:
         """Whether others than who started this coordinator may change the workers."""
         return bool(self._neighbours.source or self._neighbours.lease)
 
-    async def _choose_shards(self) -> int:
+    def _choose_shards(self) -> int:
         if self.settings.shards:
             return self.settings.shards
-        # Of those that do not answer, all may come yet.
-        survey = await self._pool.survey(wait_for_ready=True)
-        return default_shards(len(survey.reports) or len(self.settings.workers), self.model.spec)
+        # Not of those that answer by now: the mesh would be as large as who started first allows.
+        return default_shards(len(self.settings.workers), self.model.spec)
 
     async def _wait_changed(self, timeout_s: float) -> None:
         if self._looking and self._looking.done():

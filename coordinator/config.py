@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -108,6 +109,9 @@ class ServeSettings:
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise InvalidArgument(f"{name} must be >= 1, found {value}")
+        for name in ("recovery_s", "round_timeout_s"):
+            if not 0 <= getattr(self, name) < math.inf:
+                raise InvalidArgument(f"{name} must be a number of seconds, found {getattr(self, name)}")
         if self.weights not in WEIGHTS:
             raise InvalidArgument(f"weights must be one of {', '.join(WEIGHTS)}, found {self.weights!r}")
         if self.warm_spares and self.weights == "stream":

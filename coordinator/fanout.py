@@ -55,18 +55,21 @@ class Fanout:
         # Two rounds may be under way, of different steps.
         self._sending, self._receiving = asyncio.Lock(), asyncio.Lock()
 
-    async def open(self, coordinator: bytes, num_pages: int) -> None:
+    async def open(self, coordinator: bytes, num_pages: int, lease_s: float = rpc.LEASE_S) -> None:
         """Open all sessions with KV pages of their own.
 
         Args:
             coordinator: identity of this process, 16 bytes.
             num_pages: KV pages of each session.
+            lease_s: longest that a session is silent while this coordinator is sound.
 
         Raises:
             MeshError: a worker refuses, or does not hold its shard of the plan.
 
         """
-        action = Open(protocol_version=rpc.PROTOCOL_VERSION, coordinator=coordinator, num_pages=num_pages)
+        action = Open(
+            protocol_version=rpc.PROTOCOL_VERSION, coordinator=coordinator, num_pages=num_pages, lease_ms=int(lease_s * 1000)
+        )
         await self.round(ExecuteRequest(open=action), "opened", num_rows=0)
 
     async def round(

@@ -20,7 +20,9 @@ class Recovery:
 
     failure: str
     """What broke the mesh, for people."""
-    detect_ns: int
+    obstacle: str = ""
+    """Why there was no other mesh at the latest attempt that failed; empty if none did."""
+    detect_ns: int = 0
     """From the start of the step that broke; 0 if none was under way."""
     assemble_ns: int = 0
     """Finding, loading and opening workers, failed attempts included."""

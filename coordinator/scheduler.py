@@ -156,13 +156,19 @@ class Scheduler:
                 self._acquit(sequence)
 
     def strike(self, step: Step) -> list[Sequence]:
-        """Note that a mesh broke in `step`; give those that had it to themselves as suspects, whom nothing excuses any more."""
+        """Note that a mesh broke in `step`; give those that had it to themselves as suspects, whom nothing excuses any more.
+
+        Who breaks meshes does so at the same place of its text; who is only there when workers die is struck here and there.
+        """
         guilty = []
-        for sequence in {rows.sequence.id: rows.sequence for rows in step.rows if not rows.sequence.finished}.values():
-            sequence.strikes += 1
+        for rows in step.rows:
+            sequence = rows.sequence
+            if sequence.finished:
+                continue
+            _strike(sequence, range(rows.position, rows.position + rows.num_rows))
             if sequence.strikes > SUSPECT_AFTER + 1:
                 guilty.append(sequence)
-            elif sequence.strikes == SUSPECT_AFTER:
+            elif sequence.strikes >= SUSPECT_AFTER and sequence not in self._suspects:
                 self._suspects.append(sequence)
         return guilty
 
@@ -261,3 +267,12 @@ class Scheduler:
         sequence.pages = []
         sequence.rewind()
         self._released.append(sequence.id)
+
+
+def _strike(sequence: Sequence, positions: range) -> None:
+    common = range(max(sequence.struck.start, positions.start), min(sequence.struck.stop, positions.stop))
+    if sequence.strikes and common:
+        sequence.strikes, sequence.struck = sequence.strikes + 1, common
+    else:
+        # Elsewhere. A suspect stays one: alone, its steps are cut otherwise than in company.
+        sequence.strikes, sequence.struck = max(1, min(sequence.strikes, SUSPECT_AFTER)), positions

@@ -28,7 +28,9 @@ class Sequence:
     """KV pages in the order of positions."""
     finished: bool = False
     strikes: int = 0
-    """Meshes that broke in a step with rows of it since its last token (or since it came)."""
+    """Meshes that broke in a step with the same rows of it, since its last token (or since it came)."""
+    struck: range = range(0)
+    """Positions that were in all of those steps."""
 
     @property
     def num_tokens(self) -> int:

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import math
+import random
 import time
 from typing import TYPE_CHECKING, TypeVar
 
 import structlog
 
-from protos.errors import MeshError, NotServing, WorkerLost
+from protos.errors import MeshError, NotServing, PlanMismatch, StaleEpoch, WorkerLost
 
 if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable
@@ -55,9 +56,11 @@ async def first_mesh(
             if told != str(error):
                 told = str(error)
                 log.warning("no mesh yet", reason=error.reason, error=told)
-        await wait_changed(min(RETRY_S, left_s))
+        # Not in step with another coordinator that waits too.
+        await wait_changed(min(random.uniform(0.5, 1.5) * RETRY_S, left_s))  # noqa: S311
 
 
 def heals_by_itself(error: MeshError) -> bool:
     """Whether more workers, or the same a little later, may be all that is missing."""
-    return isinstance(error, WorkerLost | NotServing)
+    # Two coordinators that start together on the same workers end each other's first loads: one of them holds at last.
+    return isinstance(error, WorkerLost | NotServing | PlanMismatch | StaleEpoch)

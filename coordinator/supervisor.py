@@ -9,6 +9,7 @@ alone.
 from __future__ import annotations
 
 import asyncio
+import random
 import time
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
@@ -33,7 +34,7 @@ if TYPE_CHECKING:
 log = structlog.get_logger(__name__)
 
 RETRY_S = 0.5
-"""Pause between attempts to assemble a mesh."""
+"""Pause between attempts to assemble a mesh; half of it more or less."""
 
 _MS = 1_000_000
 
@@ -124,7 +125,7 @@ class Supervisor:
                 await asyncio.wait([attempts], timeout=self.recovery_s)
             given_up: NotServing | None = None
             if not attempts.done():
-                given_up = NotServing(f"no full mesh: {recovery.failure}")
+                given_up = NotServing(f"no full mesh: {recovery.obstacle or recovery.failure}")
                 self.engine.refusal = self.engine.refusal or given_up
                 self.engine.fail(given_up)
             fanout = await attempts
@@ -152,11 +153,12 @@ class Supervisor:
                 recovery.assemble_ns = time.monotonic_ns() - started_ns
                 recovery.canary_ns = await self._prove(fanout)
             except MeshError as error:
-                if recovery.failure != str(error):
+                if recovery.obstacle != str(error):
                     # Once, however often it is tried.
-                    recovery.failure = str(error)
+                    recovery.obstacle = str(error)
                     log.warning("no mesh yet", reason=error.reason, error=str(error))
-                await asyncio.sleep(RETRY_S)
+                # Not in step with another coordinator that lost the same worker.
+                await asyncio.sleep(random.uniform(0.5, 1.5) * RETRY_S)  # noqa: S311
             else:
                 return fanout
 

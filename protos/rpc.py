@@ -42,12 +42,14 @@ WARM_DEADLINE_S = 600.0
 CANARY_S = 15.0
 """An idle coordinator sends a token through the mesh this often: a proof that it serves, and a sign of life to the workers."""
 LEASE_S = 4 * CANARY_S
-"""A worker ends a session that was silent for so long, and frees its KV: four signs of life were missed."""
+"""A worker ends a session that was silent for so long, or for what the coordinator said in `Open`, and frees its KV."""
 
 KEEPALIVE_MS = 20_000
 _KEEPALIVE = [
     ("grpc.keepalive_time_ms", KEEPALIVE_MS),
     ("grpc.keepalive_timeout_ms", 10_000),
+    # The one that counts where the peer's socket takes the ping and nobody answers.
+    ("grpc.http2.ping_timeout_ms", 10_000),
     ("grpc.keepalive_permit_without_calls", 1),
     ("grpc.http2.max_pings_without_data", 0),
 ]
@@ -60,6 +62,11 @@ ROUND_TIMEOUT_S = 10.0
 def round_deadline_s(timeout_s: float, num_rows: int) -> float:
     """Longest that one round may take on the slowest worker, seconds: `timeout_s`, and more for many rows."""
     return timeout_s * (1 + num_rows / 40)
+
+
+def lease_s(timeout_s: float, max_rows: int) -> float:
+    """Longest silence of a sound session, seconds: its worker may have answered, and another one be awaited to the deadline."""
+    return max(LEASE_S, 1.5 * round_deadline_s(timeout_s, max_rows))
 
 
 def channel_options(*, max_send_bytes: int, max_receive_bytes: int) -> list[tuple[str, int]]:

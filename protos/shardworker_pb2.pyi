@@ -205,14 +205,16 @@ class ExecuteRequest(_message.Message):
     def __init__(self, plan_digest: _Optional[bytes] = ..., epoch: _Optional[int] = ..., step: _Optional[int] = ..., round: _Optional[int] = ..., batch: _Optional[_Union[Batch, _Mapping]] = ..., open: _Optional[_Union[Open, _Mapping]] = ..., project: _Optional[_Union[Project, _Mapping]] = ..., attend: _Optional[_Union[Attend, _Mapping]] = ..., feed_forward: _Optional[_Union[FeedForward, _Mapping]] = ..., head: _Optional[_Union[Head, _Mapping]] = ...) -> None: ...
 
 class Open(_message.Message):
-    __slots__ = ("protocol_version", "num_pages", "coordinator")
+    __slots__ = ("protocol_version", "num_pages", "coordinator", "lease_ms")
     PROTOCOL_VERSION_FIELD_NUMBER: _ClassVar[int]
     NUM_PAGES_FIELD_NUMBER: _ClassVar[int]
     COORDINATOR_FIELD_NUMBER: _ClassVar[int]
+    LEASE_MS_FIELD_NUMBER: _ClassVar[int]
     protocol_version: int
     num_pages: int
     coordinator: bytes
-    def __init__(self, protocol_version: _Optional[int] = ..., num_pages: _Optional[int] = ..., coordinator: _Optional[bytes] = ...) -> None: ...
+    lease_ms: int
+    def __init__(self, protocol_version: _Optional[int] = ..., num_pages: _Optional[int] = ..., coordinator: _Optional[bytes] = ..., lease_ms: _Optional[int] = ...) -> None: ...
 
 class Batch(_message.Message):
     __slots__ = ("sequences", "released")

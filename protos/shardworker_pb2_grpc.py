@@ -91,8 +91,8 @@ class ShardWorkerServicer:
     def Execute(self, request_iterator, context):
         """The rounds of forward steps, one response for each request, in order. The stream is a session: its first request is
         `open`, its sequences and KV pages are its own, and they are freed when it ends, however it ends. A request that cannot
-        be served is answered by a `fault`; the session lives on. A session that is silent for longer than its lease
-        (`protos.rpc.LEASE_S`) is ended: whoever drove it is gone, or will not be believed any more.
+        be served is answered by a `fault`; the session lives on. A session that is silent for longer than its lease is ended:
+        whoever drove it is gone, or will not be believed any more.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -101,7 +101,7 @@ class ShardWorkerServicer:
     def Supply(self, request_iterator, context):
         """Bytes of the checkpoint's files for a worker that does not see the model's folder. Comes before `Load` with `supplied`, and
         lasts as long: the worker asks in its responses, the coordinator answers in its requests, in order. Initial metadata says
-        that the offer was taken; one offer for a shard at a time, a later one takes an earlier one's place.
+        that the offer was heard. Coordinators that load the same shard at once share the load, and one of them is asked.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')

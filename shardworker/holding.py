@@ -86,8 +86,8 @@ class Holding:
         self.kernels = kernels
         self.assignment = 0
         self.sessions: dict[Session, Owner] = {}
-        self.supplies: dict[MeshShard, Supplier] = {}
-        """Who sends bytes of checkpoints, by what is to be loaded from them."""
+        self.supplies: dict[MeshShard, list[Supplier]] = {}
+        """Who sends bytes of checkpoints, by what is to be loaded from them; the first one is taken."""
         self.tally = RoundTally()
         # Highest epoch of each coordinator's process, the latest seen last.
         self._epochs: dict[bytes, int] = {}
@@ -160,7 +160,7 @@ class Holding:
             self.assignment = max(self.assignment, request.assignment)
             return
         self._check_assignment(request.assignment)
-        supplier = self.supplies.get(of) if request.supplied else None
+        supplier = next(iter(self.supplies.get(of, ())), None) if request.supplied else None
         if request.supplied and supplier is None:
             raise InvalidArgument("the plan's bytes are to be supplied, and nobody offers them: call Supply first")
         self.assignment = request.assignment

@@ -13,17 +13,27 @@ if TYPE_CHECKING:
     from types import TracebackType
 
 
+MAX_LEASE_S = 86400.0
+
+
 class Lease:
-    """A context that is left with `StaleEpoch` once it was not renewed for `protos.rpc.LEASE_S` seconds.
+    """A context that is left with `StaleEpoch` once it was not renewed for its seconds, at first `protos.rpc.LEASE_S`.
 
     Renewing is two assignments, because every round does it; one timer looks when the lease may be over.
     """
 
     def __init__(self) -> None:
+        self._seconds = rpc.LEASE_S
         self._loop = asyncio.get_running_loop()
         self._timeout = asyncio.timeout(None)
         self._renewed = self._loop.time()
         self._timer = self._loop.call_later(rpc.LEASE_S, self._look)
+
+    def extend(self, seconds: float) -> None:
+        """Allow another silence from now on, up to a day."""
+        self._seconds = min(seconds, MAX_LEASE_S)
+        self._timer.cancel()
+        self._timer = self._loop.call_later(self._seconds, self._look)
 
     def renew(self) -> None:
         """Begin to count anew."""
@@ -34,11 +44,11 @@ class Lease:
         self._renewed = math.inf
 
     def _look(self) -> None:
-        left = self._renewed + rpc.LEASE_S - self._loop.time()
+        left = self._renewed + self._seconds - self._loop.time()
         if left <= 0:
             self._timeout.reschedule(self._loop.time())
         else:
-            self._timer = self._loop.call_later(min(left, rpc.LEASE_S), self._look)
+            self._timer = self._loop.call_later(min(left, self._seconds), self._look)
 
     async def __aenter__(self) -> Self:
         """Use as a context."""
@@ -56,4 +66,4 @@ class Lease:
         try:
             await self._timeout.__aexit__(kind, error, trace)
         except TimeoutError:
-            raise StaleEpoch(f"the session was silent for {rpc.LEASE_S:g} s and is over: open another") from None
+            raise StaleEpoch(f"the session was silent for {self._seconds:g} s and is over: open another") from None

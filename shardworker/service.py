@@ -101,17 +101,17 @@ class ShardWorkerService(ShardWorkerServicer):
         offer = check_offer(request)
         check_protocol(offer.protocol_version)
         of = MeshShard(offer.plan_digest, offer.shard)
-        supplies, supply = self._holding.supplies, Supply(context)
-        if former := supplies.pop(of, None):
-            former.close()
-        supplies[of] = supply
+        supply = Supply(context)
+        offers = self._holding.supplies.setdefault(of, [])
+        offers.append(supply)
         try:
             await context.send_initial_metadata(())
             await supply.wait_over()
         finally:
             supply.close()
-            if supplies.get(of) is supply:
-                del supplies[of]
+            offers.remove(supply)
+            if not offers and self._holding.supplies.get(of) is offers:
+                del self._holding.supplies[of]
 
     async def Warm(  # noqa: N802  # the name in the .proto file
         self, request: pb.WarmRequest, context: grpc.aio.ServicerContext
@@ -147,6 +147,8 @@ class ShardWorkerService(ShardWorkerServicer):
                         raise request
                     lease.suspend()
                     answer = await stream.answer(request)
+                    if answer.HasField("opened") and request.open.lease_ms:
+                        lease.extend(request.open.lease_ms / 1000)
                     lease.renew()
                     await context.write(answer)
         finally:

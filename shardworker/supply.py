@@ -9,7 +9,7 @@ import grpc
 
 from protos import rpc
 from protos import shardworker_pb2 as pb
-from protos.errors import InvalidArgument, MeshError, ModelError
+from protos.errors import InvalidArgument, MeshError, ModelError, PlanMismatch
 
 if TYPE_CHECKING:
     from shardworker.source import Pieces
@@ -29,7 +29,8 @@ class Supply:
         """Ask for pieces of a file and wait for them; not on the event loop.
 
         Raises:
-            ModelError: the coordinator has no such bytes, sends something else, is silent, or has gone.
+            ModelError: the coordinator has no such bytes, sends something else, or is silent.
+            PlanMismatch: it has gone.
 
         """
         return asyncio.run_coroutine_threadsafe(self._ask(file, pieces), self._loop).result()
@@ -39,13 +40,13 @@ class Supply:
         await asyncio.shield(self._over)
 
     def close(self) -> None:
-        """Answer no more: the load is over, or another offer came. Idempotent."""
+        """Answer no more: the load is over. Idempotent."""
         if not self._over.done():
             self._over.set_result(None)
 
     async def _ask(self, file: str, pieces: Pieces) -> bytes:
         if self._over.done():
-            raise ModelError(f"checkpoint file {file}: the coordinator sends no more bytes")
+            raise _gone(file)
         self._number += 1
         wanted = pb.SupplyResponse(
             number=self._number,
@@ -61,7 +62,7 @@ class Supply:
             return self._checked(exchange.result(), file)
         exchange.cancel()
         if self._over.done():
-            raise ModelError(f"checkpoint file {file}: the coordinator has gone while it was sent")
+            raise _gone(file)
         raise ModelError(f"checkpoint file {file}: the coordinator sent nothing for {rpc.SUPPLY_SILENCE_S:g} s")
 
     async def _exchange(self, wanted: pb.SupplyResponse) -> pb.SupplyRequest:
@@ -74,7 +75,7 @@ class Supply:
 
     def _checked(self, answer: pb.SupplyRequest, file: str) -> bytes:
         if answer is grpc.aio.EOF:
-            raise ModelError(f"checkpoint file {file}: the coordinator has gone while it was sent")
+            raise _gone(file)
         # What the interceptor could not parse.
         if isinstance(answer, MeshError):
             raise ModelError(f"checkpoint file {file}: {answer}")
@@ -83,6 +84,11 @@ class Supply:
         if answer.bytes.error:
             raise ModelError(answer.bytes.error)
         return answer.bytes.data
+
+
+def _gone(file: str) -> PlanMismatch:
+    # Nothing is wrong with the files: whoever waits for the same load begins anew.
+    return PlanMismatch(f"the load was given up: the coordinator that sent checkpoint file {file} has gone")
 
 
 def check_offer(request: pb.SupplyRequest) -> pb.SupplyOffer:

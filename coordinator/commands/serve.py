@@ -9,7 +9,7 @@ from typing import Any
 import click
 
 from coordinator.app import Coordinator
-from coordinator.commands.options import insecure_option, mesh_options, model_options, model_settings, tls_option
+from coordinator.commands.options import Seconds, insecure_option, mesh_options, model_options, model_settings, tls_option
 from coordinator.commands.running import run
 from coordinator.config import WEIGHTS, DiscoverySettings, SecuritySettings, ServeSettings
 from coordinator.progress import LoadProgress
@@ -38,7 +38,7 @@ STARTUP_S = 60.0
 )
 @click.option(
     "--startup-timeout",
-    type=click.FloatRange(min=0),
+    type=Seconds(min=0),
     help=f"Seconds that enough workers are waited for at the start.  [default: {STARTUP_S:g}; with --discover for ever]",
 )
 @click.option("--shards", type=click.IntRange(min=1), help="Default: the largest power of two that the workers allow.")
@@ -52,18 +52,18 @@ STARTUP_S = 60.0
     "--max-waiting", type=click.IntRange(1), default=256, show_default=True, help="Requests that queue; more are refused."
 )
 @click.option(
-    "--grace", type=click.FloatRange(min=0), default=30.0, show_default=True, help="Seconds that running requests get at SIGTERM."
+    "--grace", type=Seconds(min=0), default=30.0, show_default=True, help="Seconds that running requests get at SIGTERM."
 )
 @click.option(
     "--round-timeout",
-    type=click.FloatRange(min=0.1),
+    type=Seconds(min=0.1),
     default=ROUND_TIMEOUT_S,
     show_default=True,
     help="Seconds after which a worker that does not answer a round of a few rows is given up; long prompts get more.",
 )
 @click.option(
     "--recovery-timeout",
-    type=click.FloatRange(min=0),
+    type=Seconds(min=0),
     default=60.0,
     show_default=True,
     help="Seconds that requests wait for another mesh when theirs breaks.",

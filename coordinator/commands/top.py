@@ -16,7 +16,7 @@ from rich.text import Text
 
 from coordinator.client import GenerationClient
 from coordinator.commands.console import show_bytes, table_console
-from coordinator.commands.options import caller_credentials, caller_options, json_option
+from coordinator.commands.options import Seconds, caller_credentials, caller_options, json_option
 from coordinator.commands.running import run
 from protos import rpc
 from protos.errors import InvalidArgument, MeshError
@@ -123,7 +123,7 @@ def _worker(before: MeshWorker | None, now: MeshWorker, seconds: float) -> Worke
 
 @click.command()
 @click.option("--coordinator", required=True, metavar="HOST:PORT", help="The coordinator to ask.")
-@click.option("--interval", type=click.FloatRange(0.2, 60.0), default=1.0, show_default=True, help="Seconds between two looks.")
+@click.option("--interval", type=Seconds(0.2, 60.0), default=1.0, show_default=True, help="Seconds between two looks.")
 @click.option("--once", is_flag=True, help="Look twice, print what happened between, and end.")
 @caller_options
 @json_option

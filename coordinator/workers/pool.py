@@ -58,6 +58,7 @@ class WorkerPool:
         addresses: Sequence[str],
         *,
         round_timeout_s: float = rpc.ROUND_TIMEOUT_S,
+        lease_s: float = rpc.LEASE_S,
         observer: RoundObserver | None = None,
         certificates: Certificates | None = None,
         lease: PlanLease | None = None,
@@ -68,6 +69,7 @@ class WorkerPool:
         Args:
             addresses: distinct, each checked by `protos.rpc.check_address`; `follow` may change them.
             round_timeout_s: of the meshes made here: longest that a round of a few rows may take.
+            lease_s: of the meshes made here: longest that a session is silent while this coordinator is sound.
             observer: told of each round of the meshes made here.
             certificates: for TLS to the workers reached by TCP; None for plaintext.
             lease: that decides who hands out plans; None: this coordinator may.
@@ -75,6 +77,7 @@ class WorkerPool:
 
         """
         self._round_timeout_s = round_timeout_s
+        self._lease_s = lease_s
         # Until when, `time.monotonic`.
         self._avoided: dict[str, float] = {}
         # Why workers could not be used, as far as the log tells already.
@@ -170,7 +173,7 @@ class WorkerPool:
             observer=self._observer,
         )
         try:
-            await fanout.open(self._identity, num_pages)
+            await fanout.open(self._identity, num_pages, self._lease_s)
         except MeshError as error:
             self.blame(error, (fanout.addresses[shard] for shard in error.shards))
             fanout.close()

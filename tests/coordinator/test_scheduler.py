@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from coordinator.request import Request
-from coordinator.scheduler import SUSPECT_AFTER, Limits, Scheduler, Step
+from coordinator.scheduler import SUSPECT_AFTER, Limits, Rows, Scheduler, Step
 from coordinator.sequence import Sequence, SequenceId
 from protos.errors import OutOfMemory, QueueFull
 
@@ -344,6 +344,33 @@ def test_suspects_have_steps_to_themselves_until_their_next_token() -> None:
     scheduler.rewind()
     for guilty in ([], [], [], [1, 2]):
         assert [sequence.id for sequence in scheduler.strike(step)] == guilty
+
+
+def test_who_is_struck_here_and_there_only_had_bad_luck() -> None:
+    scheduler = Scheduler(Limits(num_pages=9, page_tokens=4, max_rows=4))
+    sequence = make(1, 20, 9)
+    scheduler.add(sequence)
+    for chunks in (1, 2, 3, 4, 1, 3, 2):
+        for chunk in range(1, chunks + 1):
+            step = scheduler.schedule()
+            assert step is not None
+            if chunk < chunks:
+                scheduler.advance(step, {})
+        # The worker died in another chunk of the prompt than before.
+        assert scheduler.strike(step) == []
+        assert sequence.strikes == 1
+        scheduler.rewind()
+
+
+def test_who_breaks_meshes_at_one_place_is_found_however_its_chunks_are_cut() -> None:
+    scheduler = Scheduler(Limits(num_pages=9, page_tokens=4, max_rows=8))
+    sequence = make(1, 20, 9)
+    scheduler.add(sequence)
+    broken = []
+    for rows in ((0, 8), (4, 8), (6, 3), (5, 4)):
+        broken = scheduler.strike(Step((Rows(sequence, *rows, (), samples=False),), ()))
+        assert 6 in sequence.struck
+    assert broken == [sequence]
 
 
 def test_a_suspect_that_is_gone_is_suspected_no_more() -> None:

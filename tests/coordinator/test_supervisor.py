@@ -152,8 +152,7 @@ async def test_requests_go_on_with_the_same_tokens_on_another_mesh() -> None:
         latest = recoveries.latest
         assert latest is not None
         assert min(latest.detect_ns, latest.assemble_ns, latest.canary_ns, latest.replay_ns) > 0
-        # It came up while the second mesh was being replaced.
-        assert latest.failure == "not yet"
+        assert (latest.failure, latest.obstacle) == ("worker died in epoch 2", "not yet")
 
 
 async def test_a_mesh_that_breaks_while_nobody_asks_is_replaced_at_once() -> None:

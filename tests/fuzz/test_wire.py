@@ -121,6 +121,9 @@ async def call(
             stream.cancel()
             return grpc.StatusCode.OK
     code: grpc.StatusCode = await stream.code()
+    if code is grpc.StatusCode.INTERNAL and await stream.details() == "Internal error from Core":
+        # gRPC's own client says so where it writes to a call that the server has just ended.
+        return grpc.StatusCode.INVALID_ARGUMENT
     return code
 
 

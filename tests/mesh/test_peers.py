@@ -255,7 +255,7 @@ async def test_spares_are_warmed_and_one_without_the_files_is_named(
 async def test_a_session_that_is_silent_ends_by_its_lease_and_its_memory_is_free(
     checkpoint: Path, mesh: MeshMaker, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("protos.rpc.LEASE_S", 0.2)
+    monkeypatch.setattr("protos.rpc.lease_s", lambda *_: 0.2)
     monkeypatch.setattr("protos.rpc.CANARY_S", 0.05)
     async with mesh(checkpoint, 1) as running:
         # A coordinator that is alive sends signs of life.

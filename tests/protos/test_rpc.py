@@ -4,7 +4,7 @@ import pytest
 
 from protos import rpc
 from protos.errors import InvalidArgument
-from protos.rpc import channel_options, check_address, round_deadline_s, server_options
+from protos.rpc import channel_options, check_address, lease_s, round_deadline_s, server_options
 
 LIMITS = {"max_send_bytes": 5, "max_receive_bytes": 7}
 
@@ -79,4 +79,6 @@ def test_a_reply_may_be_as_big_as_the_largest_head() -> None:
 
 
 def test_more_rows_get_more_time() -> None:
+    # A worker that has answered may be silent as long as another one may take.
+    assert all(lease_s(timeout_s, 512) > round_deadline_s(timeout_s, 512) for timeout_s in (0.1, 10, 100))
     assert 10 < round_deadline_s(10, 1) < 11 < round_deadline_s(10, 512) < 600

@@ -52,3 +52,15 @@ async def test_other_errors_and_cancellation_pass() -> None:
     task.cancel()
     with pytest.raises(asyncio.CancelledError):
         await task
+
+
+async def test_a_coordinator_may_be_silent_for_as_long_as_it_said() -> None:
+    async def stay() -> None:
+        async with Lease() as lease:
+            lease.extend(0.2)
+            await asyncio.sleep(2 * rpc.LEASE_S)
+            lease.renew()
+            await asyncio.Event().wait()
+
+    with pytest.raises(StaleEpoch, match=r"silent for 0\.2 s"):
+        await stay()

@@ -1,0 +1,55 @@
+"""Two coordinators that start at once on the same empty workers, and lose one together."""
+
+import asyncio
+from contextlib import AsyncExitStack
+from pathlib import Path
+
+import pytest
+
+from coordinator.app import Coordinator
+from coordinator.config import DiscoverySettings, ModelSettings, ServeSettings
+from shardworker.app import start_worker
+from tests.mesh.conftest import Mesh, start_coordinator
+from tests.tiny import make_checkpoint
+
+PROMPT = [5, 6, 7]
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    directory = tmp_path_factory.mktemp("model") / "qwen3_moe"
+    make_checkpoint("qwen3_moe", directory)
+    return directory
+
+
+@pytest.mark.parametrize("weights", ["shared", "stream"])
+async def test_both_serve_and_both_recover(checkpoint: Path, tmp_path: Path, weights: str) -> None:
+    addresses = [f"unix:{tmp_path}/w{number}" for number in range(3)]
+
+    async def start(number: int, workers: list[str]) -> Coordinator:
+        return await start_coordinator(
+            ServeSettings(
+                model=ModelSettings(str(checkpoint), dtype="f32", wire="f32"),
+                listen=f"unix:{tmp_path}/c{number}",
+                workers=tuple(workers),
+                shards=2,
+                weights=weights,
+                discovery=DiscoverySettings(startup_s=30.0),
+            )
+        )
+
+    async with AsyncExitStack() as stack:
+        workers = [await start_worker(address, device="cpu", threads=1) for address in addresses]
+        for worker in workers:
+            stack.push_async_callback(worker.stop, 0)
+        # Each would place its shards elsewhere.
+        both = await asyncio.gather(start(1, addresses), start(2, [*addresses[1:], addresses[0]]))
+        for coordinator in both:
+            stack.push_async_callback(coordinator.stop, 0)
+        meshes = [await stack.enter_async_context(Mesh.connect(coordinator, workers)) for coordinator in both]
+        expected = (await meshes[0].generate(PROMPT, 40)).tokens
+        streams = [asyncio.create_task(mesh.generate(PROMPT, 40)) for mesh in meshes for _ in range(2)]
+        await asyncio.sleep(0)
+        await workers[1].stop(0)
+        async with asyncio.timeout(60):
+            assert [(await stream).tokens for stream in streams] == [expected] * 4
