@@ -13,6 +13,7 @@ from coordinator.commands.status import status
 from coordinator.config import SecuritySettings, ServeSettings
 from protos.errors import InvalidArgument, MeshError
 
+SECONDS = ("--round-timeout", "--recovery-timeout", "--startup-timeout", "--grace")
 GOOD = {"--model": "m", "--listen": "unix:/run/c", "--workers": "unix:/run/a, unix:/run/b"}
 
 
@@ -56,6 +57,7 @@ def test_bad_settings_are_one_clear_error(started: list[ServeSettings], changes:
     ("flag", "value"),
     [
         ("--shards", "0"),
+        *((flag, value) for flag in SECONDS for value in ("nan", "inf", "-1")),
         ("--max-rows", "0"),
         ("--max-rows", "8193"),
         ("--max-running", "0"),

@@ -1,4 +1,4 @@
-"""Two coordinators that start at once on the same empty workers, and lose one together."""
+"""Starts that meet: two coordinators on the same empty workers, and a coordinator before its workers."""
 
 import asyncio
 from contextlib import AsyncExitStack
@@ -53,3 +53,30 @@ async def test_both_serve_and_both_recover(checkpoint: Path, tmp_path: Path, wei
         await workers[1].stop(0)
         async with asyncio.timeout(60):
             assert [(await stream).tokens for stream in streams] == [expected] * 4
+
+
+async def test_a_mesh_is_as_large_as_the_list_of_workers_allows_whoever_starts_first(checkpoint: Path, tmp_path: Path) -> None:
+    addresses = [f"unix:{tmp_path}/w{number}" for number in range(2)]
+    first = await start_worker(addresses[0], device="cpu", threads=1)
+    starting = asyncio.create_task(
+        start_coordinator(
+            ServeSettings(
+                model=ModelSettings(str(checkpoint), dtype="f32", wire="f32"),
+                listen=f"unix:{tmp_path}/c",
+                workers=tuple(addresses),
+                discovery=DiscoverySettings(startup_s=30.0),
+            )
+        )
+    )
+    # The coordinator waits: one worker alone could hold this model.
+    done, _ = await asyncio.wait([starting], timeout=1.0)
+    assert not done
+    second = await start_worker(addresses[1], device="cpu", threads=1)
+    coordinator = await starting
+    try:
+        async with Mesh.connect(coordinator, [first, second]) as mesh:
+            assert (await mesh.client.mesh()).num_shards == 2
+    finally:
+        await coordinator.stop(0)
+        await first.stop(0)
+        await second.stop(0)
