@@ -24,7 +24,7 @@ from coordinator.workers.loading import load
 from coordinator.workers.roster import Roster
 from coordinator.workers.supplier import Supplier
 from protos import rpc
-from protos.errors import MeshError, NotServing, PlanMismatch, PositionMismatch, StaleEpoch, StepMismatch
+from protos.errors import MeshError, NotServing, PlanMismatch, PositionMismatch, StaleEpoch, StepMismatch, WorkerLost
 from protos.shardworker_pb2 import LoadRequest, WarmRequest
 
 if TYPE_CHECKING:
@@ -258,10 +258,24 @@ class WorkerPool:
 
 
 async def _all(work: Iterable[Coroutine[Any, Any, None]]) -> None:
-    """Run side by side; the first failure cancels the rest and is raised by itself."""
+    """Run loads side by side; the first failure is raised by itself.
+
+    A failure that another attempt would meet again cancels the rest. A worker that is lost does not: what the others load, they
+    keep, and a spare needs to load one shard only.
+    """
+    tasks = [asyncio.ensure_future(one) for one in work]
     try:
-        async with asyncio.TaskGroup() as group:
-            for one in work:
-                group.create_task(one)
-    except* MeshError as errors:
-        raise errors.exceptions[0] from None
+        pending: set[asyncio.Future[None]] = set(tasks)
+        while pending and all(error is None or isinstance(error, WorkerLost) for error in _errors(tasks)):
+            _, pending = await asyncio.wait(pending, return_when=asyncio.FIRST_COMPLETED)
+        # What cancels the rest before what it did not wait for.
+        for error in sorted(filter(None, _errors(tasks)), key=lambda error: isinstance(error, WorkerLost)):
+            raise error
+    finally:
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
+
+
+def _errors(tasks: Iterable[asyncio.Future[None]]) -> list[BaseException | None]:
+    return [task.exception() for task in tasks if task.done() and not task.cancelled()]

@@ -209,6 +209,26 @@ async def test_refused_load_is_the_workers_error_and_the_other_load_is_cancelled
         assert not workers[0].executes
 
 
+async def test_the_others_load_to_the_end_when_a_worker_is_lost(cluster: Cluster) -> None:
+    async with cluster(2) as (pool, workers):
+        gate = asyncio.Event()
+
+        async def die() -> None:
+            # Only when the failure was seen may the other one go on.
+            asyncio.get_running_loop().call_later(0.05, gate.set)
+            raise WorkerLost("Socket closed")
+
+        workers[0].on_load = gate.wait
+        workers[1].on_load = die
+        events: list[LoadEvent] = []
+        with pytest.raises(WorkerLost, match="Socket closed"):
+            await assemble(pool, 2, events)
+        first = next(iter(pool.clients))
+        assert LoadEvent(0, first, 100, 100) in events
+        assert not workers[0].load_cancelled.is_set()
+        assert not workers[0].executes
+
+
 async def test_load_without_progress_is_given_up(cluster: Cluster, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(rpc, "LOAD_SILENCE_S", 0.05)
     async with cluster(1) as (pool, workers):
