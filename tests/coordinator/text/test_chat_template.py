@@ -310,7 +310,10 @@ BOMBS = [
     "{{ lipsum(n=10**6) }}",
     *(TWO_TREES + use for use in ("{{ x == y }}", "{{ x in [y] }}", "{{ [x, y]|unique|list|length }}", "{{ x|upper|length }}")),
     *(TREE.replace("[", "(").replace("]", ",)") + use for use in ("{{ {x: 1}|length }}", "{{ x.count(1) }}")),
-    "{% set ns = namespace(x={}) %}{% for i in range(99) %}{% set ns.x = {1: ns.x.items(), 2: 3} %}{% endfor %}{{ ns.x }}",
+    (
+        "{% set ns = namespace(x={}) %}{% for i in range(99) %}"
+        "{% set ns.x = {1: ns.x.items(), 2: ns.x.items()} %}{% endfor %}{{ ns.x }}"
+    ),
     (
         "{% set ns = namespace(x=[1]) %}{% macro f() %}{% set ns.x = varargs %}{% endmacro %}"
         "{% for i in range(99) %}{{ f(ns.x, ns.x) }}{% endfor %}{{ ns.x == 1 }}"
