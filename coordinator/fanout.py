@@ -10,7 +10,7 @@ from google.protobuf.message import DecodeError
 
 from coordinator.rounds import Answer, Round
 from protos import rpc
-from protos.errors import ERRORS, MeshError, WorkerLost, WrongResult
+from protos.errors import ERRORS, InvalidArgument, MeshError, WorkerLost, WrongResult
 from protos.shardworker_pb2 import ExecuteRequest, ExecuteResponse, Open
 
 if TYPE_CHECKING:
@@ -170,7 +170,9 @@ class Fanout:
         kind = reply.WhichOneof("result")
         if kind == "fault":
             fault = reply.fault
-            raise ERRORS.get(fault.reason, MeshError)(f"{self._name(shard)}: {fault.message}")
+            kind = ERRORS.get(fault.reason, MeshError)
+            # What a worker calls invalid this coordinator made: no caller can mend it.
+            raise (MeshError if kind is InvalidArgument else kind)(f"{self._name(shard)}: {fault.message}")
         found = (kind, reply.step, reply.round, reply.epoch, reply.shard)
         wanted = (result, request.step, request.round, request.epoch, shard)
         if found != wanted:

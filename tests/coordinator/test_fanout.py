@@ -121,6 +121,7 @@ async def test_round_is_fenced_and_counted_from_open_on() -> None:
         ("POSITION_MISMATCH", PositionMismatch),
         ("OUT_OF_MEMORY", OutOfMemory),
         ("BAD_STEP", MeshError),
+        ("INVALID_ARGUMENT", MeshError),
         ("", MeshError),
     ],
 )
