@@ -86,6 +86,7 @@ CASES: dict[str, Document] = {
         "image.tag": "2.0",
         "image.pullSecrets": ["pull"],
         "coordinator.image.digest": DIGEST,
+        "coordinator.rollout": "RollingUpdate",
     },
     "everything of theirs in pods": {
         "commonLabels": {"team": "llm"},

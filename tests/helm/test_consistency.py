@@ -274,7 +274,9 @@ def test_autoscalers_own_the_number_of_coordinators() -> None:
 
 def test_without_a_lease_there_are_never_two_coordinators() -> None:
     strategies = {case: render(CASES[case]).get("Deployment", "mesh-coordinator")["spec"]["strategy"]["type"] for case in CASES}
-    assert {case for case, strategy in strategies.items() if strategy == "Recreate"} == {"dns"}
+    # Nor where their plans may differ: each would wait for the other.
+    assert {case for case, strategy in strategies.items() if strategy == "RollingUpdate"} == {"images"}
+    assert strategies["dns"] == "Recreate"
 
 
 def test_upgrades_of_the_chart_alone_start_no_pod_anew(rendered: Rendered) -> None:
