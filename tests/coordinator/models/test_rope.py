@@ -141,7 +141,7 @@ def test_context_is_stretched_by_the_factor(rope: dict[str, Any] | None, context
             {"rope_scaling": {"type": "longrope"}},
             "rope_scaling: rope type 'longrope' is not supported, supported are default, linear",
         ),
-        ({"rope_scaling": {"type": 3}}, "rope_scaling: rope_type or type must be a string|type must be a string, found 3"),
+        ({"rope_scaling": {"type": 3}}, "rope_scaling: type must be a string of up to 256 characters, found 3"),
         ({"rope_scaling": {"type": "linear"}}, "rope_scaling: factor is missing"),
         ({"rope_scaling": {"type": "linear", "factor": 0.5}}, "factor must be a number"),
         ({"rope_scaling": {"type": "linear", "factor": True}}, "factor must be a number"),
