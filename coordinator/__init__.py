@@ -6,7 +6,8 @@ client, channel     a caller; a connection that follows its certificates
 embedded, private_mesh
                     a mesh for the lifetime of one command
 app, supervisor     builds, starts, drains, stops; keeps a full mesh, and recovers it (canary, recovery)
-discovery/, startup which workers there are, who may hand out plans; the wait for the first mesh
+discovery/, attempts
+                    which workers there are, who may hand out plans; trying until there is a mesh
 service, intake     the Generation service: message <-> request
 status              what the mesh says of itself
 text/               tokenizer, chat template, incremental detokenizing, stop texts

@@ -12,6 +12,7 @@ from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection
 
 from coordinator.access import open_access
+from coordinator.attempts import heals_by_itself, until_mesh
 from coordinator.config import WIRES
 from coordinator.discovery.neighbours import Neighbours
 from coordinator.engine import Engine
@@ -20,7 +21,6 @@ from coordinator.planning.placement import default_shards
 from coordinator.recovery import Recoveries
 from coordinator.scheduler import Limits
 from coordinator.service import GenerationService
-from coordinator.startup import first_mesh, heals_by_itself
 from coordinator.status import MeshStatus
 from coordinator.supervisor import Supervisor
 from coordinator.workers.pool import WorkerPool
@@ -205,13 +205,14 @@ class Coordinator:
             wire=WIRES[settings.model.wire],
             shard_vocabularies=tuple(shard.vocabulary.end - shard.vocabulary.start for shard in plan.shards),
             assemble=self._assemble,
+            wait_changed=self._wait_changed,
             blame=self._pool.blame,
             on_serving=self._note_serving,
             recovery_s=settings.recovery_s,
             recoveries=recoveries,
         )
         await self._neighbours.wait_answered(ANSWER_S)
-        fanout = await first_mesh(
+        fanout = await until_mesh(
             lambda: self._make_first(supervisor, plan),
             self._wait_changed,
             timeout_s=settings.discovery.startup_s,

@@ -9,13 +9,13 @@ alone.
 from __future__ import annotations
 
 import asyncio
-import random
 import time
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 import structlog
 
+from coordinator.attempts import until_mesh
 from coordinator.forward import Forward
 from coordinator.head import Head
 from coordinator.recovery import Recoveries, Recovery
@@ -33,9 +33,6 @@ if TYPE_CHECKING:
 
 log = structlog.get_logger(__name__)
 
-RETRY_S = 0.5
-"""Pause between attempts to assemble a mesh; half of it more or less."""
-
 _MS = 1_000_000
 
 
@@ -49,6 +46,8 @@ class Supervisor:
     wire: DType
     shard_vocabularies: tuple[int, ...]
     assemble: Callable[[], Awaitable[Fanout]]
+    wait_changed: Callable[[float], Awaitable[None]]
+    """Waits until workers come or go, but no longer than so many seconds."""
     blame: Callable[[MeshError, Iterable[str]], None]
     """Told which workers failed a mesh."""
     on_serving: Callable[[Fanout | None], Awaitable[None]]
@@ -119,7 +118,7 @@ class Supervisor:
     async def _recover(self, recovery: Recovery) -> Fanout:
         """Try until there is a mesh that is right; after `recovery_s` end the requests that wait for it."""
         started_ns = time.monotonic_ns()
-        attempts = asyncio.ensure_future(self._attempt(recovery, started_ns))
+        attempts = asyncio.ensure_future(until_mesh(lambda: self._attempt(recovery, started_ns), self.wait_changed))
         try:
             if self.recovery_s:
                 await asyncio.wait([attempts], timeout=self.recovery_s)
@@ -147,20 +146,14 @@ class Supervisor:
         return fanout
 
     async def _attempt(self, recovery: Recovery, started_ns: int) -> Fanout:
-        while True:
-            try:
-                fanout = await self.assemble()
-                recovery.assemble_ns = time.monotonic_ns() - started_ns
-                recovery.canary_ns = await self._prove(fanout)
-            except MeshError as error:
-                if recovery.obstacle != str(error):
-                    # Once, however often it is tried.
-                    recovery.obstacle = str(error)
-                    log.warning("no mesh yet", reason=error.reason, error=str(error))
-                # Not in step with another coordinator that lost the same worker.
-                await asyncio.sleep(random.uniform(0.5, 1.5) * RETRY_S)  # noqa: S311
-            else:
-                return fanout
+        try:
+            fanout = await self.assemble()
+            recovery.assemble_ns = time.monotonic_ns() - started_ns
+            recovery.canary_ns = await self._prove(fanout)
+        except MeshError as error:
+            recovery.obstacle = str(error)
+            raise
+        return fanout
 
     async def _prove(self, fanout: Fanout) -> int:
         """Send the canary through a new mesh, which is closed if that fails; give nanoseconds."""

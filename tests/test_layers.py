@@ -20,7 +20,7 @@ MAX_PROTOS_LINES = 1700
 
 # A name imports only from floors beneath its own; a folder named here is one notion, free within itself but for cycles.
 COORDINATOR_FLOORS = (
-    "channel certificates api_keys heat trace_context discovery startup workers.supplier",
+    "channel certificates api_keys heat trace_context discovery attempts workers.supplier",
     "rounds recovery config request pages scores reduce client embedded text models gguf_import workers.client commands.running",
     "sequence sampler router resident fanout planning commands.options commands.console",
     "workers.loading workers.roster workers.assignment",

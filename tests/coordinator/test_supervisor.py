@@ -92,6 +92,7 @@ class Scene:
             wire=DTYPE_F32,
             shard_vocabularies=(),
             assemble=self._assemble,  # type: ignore[arg-type]
+            wait_changed=lambda _: asyncio.sleep(0),
             blame=lambda _, addresses: self.blamed.extend(addresses),
             on_serving=self._note,  # type: ignore[arg-type]
             recovery_s=recovery_s,
@@ -117,7 +118,6 @@ class Scene:
 def _patched(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(supervisor, "Forward", FakeForward)
     monkeypatch.setattr(supervisor, "Head", FakeHead)
-    monkeypatch.setattr(supervisor, "RETRY_S", 0)
 
 
 @asynccontextmanager

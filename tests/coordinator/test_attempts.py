@@ -5,8 +5,7 @@ import asyncio
 import pytest
 from structlog.testing import capture_logs
 
-from coordinator import startup
-from coordinator.startup import first_mesh, heals_by_itself
+from coordinator.attempts import RETRY_S, heals_by_itself, until_mesh
 from protos.errors import (
     MeshError,
     ModelError,
@@ -39,7 +38,7 @@ class Attempts:
         await asyncio.sleep(0)
 
     async def run(self, timeout_s: float | None) -> str:
-        return await first_mesh(self.attempt, self.wait_changed, timeout_s=timeout_s, heals=heals_by_itself)
+        return await until_mesh(self.attempt, self.wait_changed, timeout_s=timeout_s, heals=heals_by_itself)
 
 
 async def test_it_is_tried_until_there_is_a_mesh_and_each_reason_is_logged_once() -> None:
@@ -48,7 +47,7 @@ async def test_it_is_tried_until_there_is_a_mesh_and_each_reason_is_logged_once(
         assert await attempts.run(None) == "mesh"
     assert [line["error"] for line in lines] == ["found 0", "a", "found 0"]
     assert len(attempts.waits) == 4
-    assert all(0.5 * startup.RETRY_S <= wait <= 1.5 * startup.RETRY_S for wait in attempts.waits)
+    assert all(0.5 * RETRY_S <= wait <= 1.5 * RETRY_S for wait in attempts.waits)
 
 
 async def test_without_a_wait_the_first_reason_is_the_end() -> None:
@@ -74,7 +73,7 @@ async def test_an_attempt_may_take_longer_than_workers_are_waited_for() -> None:
             await asyncio.sleep(0.05)
         return await attempts.attempt()
 
-    assert await first_mesh(slow, attempts.wait_changed, timeout_s=0.02, heals=heals_by_itself) == "mesh"
+    assert await until_mesh(slow, attempts.wait_changed, timeout_s=0.02, heals=heals_by_itself) == "mesh"
 
 
 @pytest.mark.parametrize("error", [ModelError, OutOfMemory, ProtocolMismatch, TopologyError])

@@ -1,4 +1,4 @@
-"""The wait for the first mesh: workers may start later than their coordinator, or be found later."""
+"""Attempts at a mesh, until there is one: workers may start later than their coordinator, be found later, or come back."""
 
 from __future__ import annotations
 
@@ -19,15 +19,15 @@ log = structlog.get_logger(__name__)
 T = TypeVar("T")
 
 RETRY_S = 0.5
-"""Longest pause between two attempts."""
+"""Pause between two attempts unless workers come or go meanwhile; half of it more or less."""
 
 
-async def first_mesh(
+async def until_mesh(
     attempt: Callable[[], Awaitable[T]],
     wait_changed: Callable[[float], Awaitable[None]],
     *,
-    timeout_s: float | None,
-    heals: Callable[[MeshError], bool],
+    timeout_s: float | None = None,
+    heals: Callable[[MeshError], bool] = lambda _: True,
 ) -> T:
     """Try until there is a mesh; what stands in the way is logged once, however often it is tried.
 
