@@ -18,6 +18,7 @@ from coordinator.served_model import ServedModel
 from protos import generation_pb2
 from shardworker.app import RunningWorker, start_worker
 from shardworker.kernels.interface import Kernels
+from tests.tiny import make_checkpoint
 
 
 @dataclass
@@ -69,6 +70,20 @@ class Completed:
 
 async def start_coordinator(settings: ServeSettings) -> Coordinator:
     return await Coordinator.start(settings, ServedModel.open(settings.model), lambda _: None)
+
+
+@pytest.fixture(scope="session")
+def checkpoint_of(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
+    """A tiny checkpoint of `tests.tiny` by its name, made once; nobody changes it."""
+    folders: dict[str, Path] = {}
+
+    def make(name: str) -> Path:
+        if name not in folders:
+            folders[name] = tmp_path_factory.mktemp("model") / name
+            make_checkpoint(name, folders[name])
+        return folders[name]
+
+    return make
 
 
 MeshMaker = Callable[..., AbstractAsyncContextManager[Mesh]]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+from collections.abc import Callable
 from pathlib import Path
 
 import grpc
@@ -11,7 +12,6 @@ import pytest
 from protos import generation_pb2
 from protos.errors import OutOfMemory, QueueFull
 from tests.mesh.conftest import Completed, MeshMaker
-from tests.tiny import make_checkpoint
 
 PROMPTS = [[(7 * row + 13 * column) % 500 + 3 for column in range(1 + 9 * row % 70)] for row in range(16)]
 GREEDY: dict[str, float] = {}
@@ -19,10 +19,8 @@ SEEDED = {"temperature": 0.9, "top_p": 0.95, "top_k": 40, "seed": 11}
 
 
 @pytest.fixture(scope="module")
-def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    directory = tmp_path_factory.mktemp("model") / "qwen3_moe"
-    make_checkpoint("qwen3_moe", directory)
-    return directory
+def checkpoint(checkpoint_of: Callable[[str], Path]) -> Path:
+    return checkpoint_of("qwen3_moe")
 
 
 @pytest.mark.parametrize("sampling", [GREEDY, SEEDED], ids=["greedy", "seeded"])

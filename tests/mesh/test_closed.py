@@ -34,17 +34,14 @@ from protos.tls import COORDINATOR_NAME, WORKER_NAME, server_credentials
 from shardworker.app import RunningWorker, start_worker
 from tests.authority import COORDINATOR_NAMES, TestAuthority
 from tests.mesh.conftest import Mesh, MeshMaker, start_coordinator
-from tests.tiny import make_checkpoint
 
 PROMPT = [5, 6, 7, 8]
 DEADLINE_S = 90
 
 
 @pytest.fixture(scope="module")
-def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    directory = tmp_path_factory.mktemp("model") / "llama"
-    make_checkpoint("llama", directory)
-    return directory
+def checkpoint(checkpoint_of: Callable[[str], Path]) -> Path:
+    return checkpoint_of("llama")
 
 
 @pytest.fixture

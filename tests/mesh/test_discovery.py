@@ -21,16 +21,13 @@ from protos.errors import InvalidArgument, MeshError, NotServing
 from protos.generation_pb2 import GetMeshResponse
 from shardworker.app import RunningWorker, start_worker
 from tests.mesh.conftest import Mesh
-from tests.tiny import make_checkpoint
 
 PROMPT = [5, 6, 7]
 
 
 @pytest.fixture(scope="module")
-def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    directory = tmp_path_factory.mktemp("model") / "glm4_moe"
-    make_checkpoint("glm4_moe", directory)
-    return directory
+def checkpoint(checkpoint_of: Callable[[str], Path]) -> Path:
+    return checkpoint_of("glm4_moe")
 
 
 class Script:

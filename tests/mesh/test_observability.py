@@ -8,7 +8,7 @@ import re
 import shutil
 import subprocess
 from collections import defaultdict
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from pathlib import Path
 
@@ -21,17 +21,14 @@ from protos.generation_pb2 import GenerateRequest, TokenIds
 from tests.mesh.conftest import Mesh, MeshMaker
 from tests.observability.prometheus import PROGRAM, fetch, prometheus
 from tests.observability.promql import ROOT, TARGET_LABELS, Query, queries
-from tests.tiny import make_checkpoint
 
 PROMTOOL = shutil.which("promtool")
 DOCS = ROOT / "docs" / "observability.md"
 
 
 @pytest.fixture(scope="module")
-def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    directory = tmp_path_factory.mktemp("model") / "qwen3_moe"
-    make_checkpoint("qwen3_moe", directory)
-    return directory
+def checkpoint(checkpoint_of: Callable[[str], Path]) -> Path:
+    return checkpoint_of("qwen3_moe")
 
 
 def url_of(coordinator: Coordinator) -> str:

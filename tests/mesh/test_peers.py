@@ -18,16 +18,13 @@ from shardworker.app import RunningWorker, start_worker
 from shardworker.shard import Shard
 from shardworker.source import Folder
 from tests.mesh.conftest import Mesh, MeshMaker, start_coordinator
-from tests.tiny import make_checkpoint
 
 PROMPT = [5, 6, 7]
 
 
 @pytest.fixture(scope="module")
-def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    directory = tmp_path_factory.mktemp("model") / "glm4_moe"
-    make_checkpoint("glm4_moe", directory)
-    return directory
+def checkpoint(checkpoint_of: Callable[[str], Path]) -> Path:
+    return checkpoint_of("glm4_moe")
 
 
 def _settings(checkpoint: Path, tmp_path: Path, workers: list[str], **more: object) -> ServeSettings:

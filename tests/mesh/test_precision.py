@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -10,7 +11,7 @@ from gguf import GGMLQuantizationType, dequantize, quantize
 from safetensors.torch import load_file, save_file
 
 from tests.mesh.conftest import MeshMaker
-from tests.tiny import make_checkpoint, oracle
+from tests.tiny import oracle
 
 # No gate is so near a tie that rounding decides which experts are chosen.
 PROMPT = [77, 12, 401, 3, 9]
@@ -18,10 +19,8 @@ TOP = 20
 
 
 @pytest.fixture(scope="module")
-def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    directory = tmp_path_factory.mktemp("model") / "qwen3_moe"
-    make_checkpoint("qwen3_moe_kv2", directory)
-    return directory
+def checkpoint(checkpoint_of: Callable[[str], Path]) -> Path:
+    return checkpoint_of("qwen3_moe_kv2")
 
 
 @pytest.fixture(scope="module")

@@ -1,6 +1,7 @@
 """Starts that meet: two coordinators on the same empty workers, and a coordinator before its workers."""
 
 import asyncio
+from collections.abc import Callable
 from contextlib import AsyncExitStack
 from pathlib import Path
 
@@ -10,16 +11,13 @@ from coordinator.app import Coordinator
 from coordinator.config import DiscoverySettings, ModelSettings, ServeSettings
 from shardworker.app import start_worker
 from tests.mesh.conftest import Mesh, start_coordinator
-from tests.tiny import make_checkpoint
 
 PROMPT = [5, 6, 7]
 
 
 @pytest.fixture(scope="module")
-def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    directory = tmp_path_factory.mktemp("model") / "qwen3_moe"
-    make_checkpoint("qwen3_moe", directory)
-    return directory
+def checkpoint(checkpoint_of: Callable[[str], Path]) -> Path:
+    return checkpoint_of("qwen3_moe")
 
 
 @pytest.mark.parametrize("weights", ["shared", "stream"])

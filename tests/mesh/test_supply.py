@@ -2,6 +2,7 @@
 
 import asyncio
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -12,16 +13,13 @@ from protos import rpc, shardworker_pb2
 from protos.errors import MeshError, ModelError
 from shardworker.source import Folder, Supplied
 from tests.mesh.conftest import MeshMaker
-from tests.tiny import make_checkpoint
 
 PROMPT = [5, 6, 7, 8]
 
 
 @pytest.fixture(scope="module")
-def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    directory = tmp_path_factory.mktemp("model") / "qwen3_moe"
-    make_checkpoint("qwen3_moe", directory)
-    return directory
+def checkpoint(checkpoint_of: Callable[[str], Path]) -> Path:
+    return checkpoint_of("qwen3_moe")
 
 
 @pytest.fixture
