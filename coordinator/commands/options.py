@@ -14,7 +14,7 @@ from coordinator.config import DEVICES, DTYPES, QUANTIZATIONS, WIRES, ModelSetti
 from protos.errors import InvalidArgument
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Sequence
 
 P = ParamSpec("P")
 R = TypeVar("R")
@@ -62,25 +62,24 @@ _MODEL_OPTIONS = (
 
 def model_options(command: Callable[P, R]) -> Callable[P, R]:
     """Add the flags that say how a model is kept."""
-    for option in reversed(_MODEL_OPTIONS):
-        command = option(command)
-    return command
+    return _with(_MODEL_OPTIONS, command)
+
+
+_MESH_OPTIONS = (
+    click.option(
+        "--wire",
+        type=click.Choice(list(WIRES)),
+        default="bf16",
+        show_default=True,
+        help="Activations between coordinator and workers.",
+    ),
+    click.option("--kv-tokens", type=click.IntRange(min=1), help="Tokens of KV cache; default: 65536 or what fits."),
+)
 
 
 def mesh_options(command: Callable[P, R]) -> Callable[P, R]:
     """Add the flags that say how a mesh computes."""
-    for option in (
-        click.option("--kv-tokens", type=click.IntRange(min=1), help="Tokens of KV cache; default: 65536 or what fits."),
-        click.option(
-            "--wire",
-            type=click.Choice(list(WIRES)),
-            default="bf16",
-            show_default=True,
-            help="Activations between coordinator and workers.",
-        ),
-    ):
-        command = option(command)
-    return command
+    return _with(_MESH_OPTIONS, command)
 
 
 _PRIVATE_MESH_OPTIONS = (
@@ -95,9 +94,7 @@ _PRIVATE_MESH_OPTIONS = (
 
 def private_mesh_options(command: Callable[P, R]) -> Callable[P, R]:
     """Add --model and the flags of a mesh that lives as long as the command."""
-    for option in reversed(_PRIVATE_MESH_OPTIONS):
-        command = option(command)
-    return command
+    return _with(_PRIVATE_MESH_OPTIONS, command)
 
 
 def model_settings(flags: dict[str, Any]) -> ModelSettings:
@@ -136,9 +133,7 @@ _CALLER_OPTIONS = (
 
 def caller_options(command: Callable[P, R]) -> Callable[P, R]:
     """Add the flags of whoever calls a coordinator."""
-    for option in reversed(_CALLER_OPTIONS):
-        command = option(command)
-    return command
+    return _with(_CALLER_OPTIONS, command)
 
 
 def caller_credentials(flags: dict[str, Any]) -> Credentials:
@@ -173,3 +168,10 @@ def _api_key(path: Path | None) -> str | None:
     if not key or not key.isascii() or not key.isprintable() or " " in key:
         raise InvalidArgument(f"{origin} must hold one API key and nothing else")
     return key
+
+
+def _with(options: Sequence[Callable[[Callable[P, R]], Callable[P, R]]], command: Callable[P, R]) -> Callable[P, R]:
+    """Add options so that --help shows them in this order."""
+    for option in reversed(options):
+        command = option(command)
+    return command

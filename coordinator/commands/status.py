@@ -15,12 +15,11 @@ from coordinator.commands.console import show_bytes, table_console
 from coordinator.commands.options import caller_credentials, caller_options, json_option
 from coordinator.commands.running import run
 from protos import rpc
-from protos.generation_pb2 import GetMeshResponse, GetModelResponse, MeshWorker
+from protos.generation_pb2 import GetMeshResponse, GetModelResponse, MeshRecovery, MeshWorker
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
-
     from google.protobuf.message import Message
+    from rich.console import Console
 
 _DIGEST_CHARACTERS = 12
 """Enough to tell plans apart."""
@@ -89,25 +88,21 @@ def _print(model: GetModelResponse, mesh: GetMeshResponse) -> None:
         f"{load.preemptions} preemptions",
         soft_wrap=True,
     )
-    recovery = mesh.recovery
-    if recovery.failures:
-        parts = {
-            "noticed in": recovery.last_detect_ns,
-            "assembled in": recovery.last_assemble_ns,
-            "proven in": recovery.last_canary_ns,
-            "replayed in": recovery.last_replay_ns,
-        }
-        console.print(
-            f"{sum(recovery.failures.values())} failures ({', '.join(map(' '.join, _counts(recovery.failures)))}), "
-            f"{recovery.recoveries} recoveries; the latest, "
-            + ", ".join(f"{name} {value / 1e6:.0f} ms" for name, value in parts.items()),
-            soft_wrap=True,
-        )
-        console.print(Text(f"latest failure: {recovery.last_failure}"), soft_wrap=True)
+    if mesh.recovery.failures:
+        _print_recovery(console, mesh.recovery)
 
 
-def _counts(failures: Mapping[str, int]) -> list[tuple[str, str]]:
-    return [(str(count), reason) for reason, count in sorted(failures.items())]
+def _print_recovery(console: Console, recovery: MeshRecovery) -> None:
+    failures = ", ".join(f"{count} {reason}" for reason, count in sorted(recovery.failures.items()))
+    parts = {
+        "noticed in": recovery.last_detect_ns,
+        "assembled in": recovery.last_assemble_ns,
+        "proven in": recovery.last_canary_ns,
+        "replayed in": recovery.last_replay_ns,
+    }
+    times = ", ".join(f"{name} {value / 1e6:.0f} ms" for name, value in parts.items())
+    console.print(f"failures: {failures}; recoveries: {recovery.recoveries}; the latest {times}", soft_wrap=True)
+    console.print(Text(f"latest failure: {recovery.last_failure}"), soft_wrap=True)
 
 
 def _row(worker: MeshWorker) -> tuple[Text, ...]:

@@ -55,9 +55,8 @@ class WorkerClient:
             MeshError: it does not answer within the deadline.
 
         """
-        channel = self._channel.current()
         try:
-            description: DescribeResponse = await shardworker_pb2_grpc.ShardWorkerStub(channel).Describe(
+            description: DescribeResponse = await self._stub().Describe(
                 DescribeRequest(), timeout=rpc.DESCRIBE_DEADLINE_S, wait_for_ready=wait_for_ready
             )
         except grpc.aio.AioRpcError as error:
@@ -81,8 +80,7 @@ class WorkerClient:
             MeshError: the worker refuses, dies, or is silent for too long.
 
         """
-        channel = self._channel.current()
-        call = shardworker_pb2_grpc.ShardWorkerStub(channel).Load(request)
+        call = self._stub().Load(request)
         try:
             while True:
                 async with asyncio.timeout(rpc.LOAD_SILENCE_S):
@@ -109,7 +107,7 @@ class WorkerClient:
             MeshError: the worker refuses, or dies.
 
         """
-        call = shardworker_pb2_grpc.ShardWorkerStub(self._channel.current()).Supply()
+        call = self._stub().Supply()
         try:
             async with asyncio.timeout(rpc.LOAD_SILENCE_S):
                 await call.write(SupplyRequest(offer=offer))
@@ -131,11 +129,8 @@ class WorkerClient:
             MeshError: it does not see the same files, or does not answer within the deadline.
 
         """
-        channel = self._channel.current()
         try:
-            response: WarmResponse = await shardworker_pb2_grpc.ShardWorkerStub(channel).Warm(
-                request, timeout=rpc.WARM_DEADLINE_S
-            )
+            response: WarmResponse = await self._stub().Warm(request, timeout=rpc.WARM_DEADLINE_S)
         except grpc.aio.AioRpcError as error:
             raise self._error(error) from error
         return response
@@ -163,6 +158,9 @@ class WorkerClient:
     async def __aexit__(self, *_: object) -> None:
         """Close the channel."""
         await self.close()
+
+    def _stub(self) -> shardworker_pb2_grpc.ShardWorkerStub:
+        return shardworker_pb2_grpc.ShardWorkerStub(self._channel.current())
 
     @property
     def _name(self) -> str:

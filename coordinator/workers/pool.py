@@ -82,6 +82,8 @@ class WorkerPool:
         self._avoided: dict[str, float] = {}
         # Why workers could not be used, as far as the log tells already.
         self._told: dict[str, str] = {}
+        # Likewise of spares that were asked to be warm; "" if they are.
+        self._warmed: dict[str, str] = {}
         self._roster = Roster(addresses, certificates)
         self._lease = lease
         self._supplies = supplies
@@ -199,12 +201,17 @@ class WorkerPool:
             if self.clients.get(client.address) is not client:
                 # It went away meanwhile.
                 continue
-            if isinstance(answer, MeshError):
-                log.warning("spare cannot be warmed", worker=client.address, error=str(answer))
-            elif isinstance(answer, BaseException):
+            if not isinstance(answer, MeshError) and isinstance(answer, BaseException):
                 raise answer
+            error = str(answer) if isinstance(answer, MeshError) else ""
+            # Once, however often it is asked.
+            if self._warmed.get(client.address) == error:
+                continue
+            self._warmed[client.address] = error
+            if error:
+                log.warning("spare cannot be warmed", worker=client.address, error=error)
             else:
-                log.info("spare is warm", worker=client.address, file_bytes=answer.file_bytes)
+                log.info("spare is warm", worker=client.address)
 
     async def close(self) -> None:
         """Close all channels."""
@@ -268,9 +275,9 @@ async def _all(work: Iterable[Coroutine[Any, Any, None]]) -> None:
         pending: set[asyncio.Future[None]] = set(tasks)
         while pending and all(error is None or isinstance(error, WorkerLost) for error in _errors(tasks)):
             _, pending = await asyncio.wait(pending, return_when=asyncio.FIRST_COMPLETED)
-        # What cancels the rest before what it did not wait for.
-        for error in sorted(filter(None, _errors(tasks)), key=lambda error: isinstance(error, WorkerLost)):
-            raise error
+        if errors := [error for error in _errors(tasks) if error]:
+            # What cancels the rest before what does not.
+            raise min(errors, key=lambda error: isinstance(error, WorkerLost))
     finally:
         for task in tasks:
             task.cancel()

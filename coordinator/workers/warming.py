@@ -12,7 +12,7 @@ if TYPE_CHECKING:
     from coordinator.planning.plan import MeshPlan
     from coordinator.workers.pool import WorkerPool
 
-WARM_S = 60.0
+WARM_S = 15.0
 """Pause between two times that spares are asked, seconds."""
 
 
