@@ -274,7 +274,7 @@ class MeshLoad(_message.Message):
     def __init__(self, running: _Optional[int] = ..., waiting: _Optional[int] = ..., used_pages: _Optional[int] = ..., total_pages: _Optional[int] = ..., page_tokens: _Optional[int] = ..., steps: _Optional[int] = ..., prompt_tokens: _Optional[int] = ..., completion_tokens: _Optional[int] = ..., preemptions: _Optional[int] = ...) -> None: ...
 
 class MeshRecovery(_message.Message):
-    __slots__ = ("failures", "recoveries", "last_failure", "last_detect_ns", "last_assemble_ns", "last_canary_ns", "last_replay_ns")
+    __slots__ = ("failures", "recoveries", "last_failure", "last_detect_ns", "last_assemble_ns", "last_canary_ns", "last_replay_ns", "reshards")
     class FailuresEntry(_message.Message):
         __slots__ = ("key", "value")
         KEY_FIELD_NUMBER: _ClassVar[int]
@@ -289,6 +289,7 @@ class MeshRecovery(_message.Message):
     LAST_ASSEMBLE_NS_FIELD_NUMBER: _ClassVar[int]
     LAST_CANARY_NS_FIELD_NUMBER: _ClassVar[int]
     LAST_REPLAY_NS_FIELD_NUMBER: _ClassVar[int]
+    RESHARDS_FIELD_NUMBER: _ClassVar[int]
     failures: _containers.ScalarMap[str, int]
     recoveries: int
     last_failure: str
@@ -296,10 +297,11 @@ class MeshRecovery(_message.Message):
     last_assemble_ns: int
     last_canary_ns: int
     last_replay_ns: int
-    def __init__(self, failures: _Optional[_Mapping[str, int]] = ..., recoveries: _Optional[int] = ..., last_failure: _Optional[str] = ..., last_detect_ns: _Optional[int] = ..., last_assemble_ns: _Optional[int] = ..., last_canary_ns: _Optional[int] = ..., last_replay_ns: _Optional[int] = ...) -> None: ...
+    reshards: int
+    def __init__(self, failures: _Optional[_Mapping[str, int]] = ..., recoveries: _Optional[int] = ..., last_failure: _Optional[str] = ..., last_detect_ns: _Optional[int] = ..., last_assemble_ns: _Optional[int] = ..., last_canary_ns: _Optional[int] = ..., last_replay_ns: _Optional[int] = ..., reshards: _Optional[int] = ...) -> None: ...
 
 class GetMeshResponse(_message.Message):
-    __slots__ = ("serving", "plan_digest", "epoch", "num_shards", "workers", "load", "recovery", "proven_ago_ns", "hottest_experts")
+    __slots__ = ("serving", "plan_digest", "epoch", "num_shards", "workers", "load", "recovery", "proven_ago_ns", "hottest_experts", "wanted_shards", "reshard_obstacle")
     SERVING_FIELD_NUMBER: _ClassVar[int]
     PLAN_DIGEST_FIELD_NUMBER: _ClassVar[int]
     EPOCH_FIELD_NUMBER: _ClassVar[int]
@@ -309,6 +311,8 @@ class GetMeshResponse(_message.Message):
     RECOVERY_FIELD_NUMBER: _ClassVar[int]
     PROVEN_AGO_NS_FIELD_NUMBER: _ClassVar[int]
     HOTTEST_EXPERTS_FIELD_NUMBER: _ClassVar[int]
+    WANTED_SHARDS_FIELD_NUMBER: _ClassVar[int]
+    RESHARD_OBSTACLE_FIELD_NUMBER: _ClassVar[int]
     serving: bool
     plan_digest: bytes
     epoch: int
@@ -318,4 +322,16 @@ class GetMeshResponse(_message.Message):
     recovery: MeshRecovery
     proven_ago_ns: int
     hottest_experts: _containers.RepeatedCompositeFieldContainer[ExpertHeat]
-    def __init__(self, serving: _Optional[bool] = ..., plan_digest: _Optional[bytes] = ..., epoch: _Optional[int] = ..., num_shards: _Optional[int] = ..., workers: _Optional[_Iterable[_Union[MeshWorker, _Mapping]]] = ..., load: _Optional[_Union[MeshLoad, _Mapping]] = ..., recovery: _Optional[_Union[MeshRecovery, _Mapping]] = ..., proven_ago_ns: _Optional[int] = ..., hottest_experts: _Optional[_Iterable[_Union[ExpertHeat, _Mapping]]] = ...) -> None: ...
+    wanted_shards: int
+    reshard_obstacle: str
+    def __init__(self, serving: _Optional[bool] = ..., plan_digest: _Optional[bytes] = ..., epoch: _Optional[int] = ..., num_shards: _Optional[int] = ..., workers: _Optional[_Iterable[_Union[MeshWorker, _Mapping]]] = ..., load: _Optional[_Union[MeshLoad, _Mapping]] = ..., recovery: _Optional[_Union[MeshRecovery, _Mapping]] = ..., proven_ago_ns: _Optional[int] = ..., hottest_experts: _Optional[_Iterable[_Union[ExpertHeat, _Mapping]]] = ..., wanted_shards: _Optional[int] = ..., reshard_obstacle: _Optional[str] = ...) -> None: ...
+
+class ReshardRequest(_message.Message):
+    __slots__ = ("num_shards",)
+    NUM_SHARDS_FIELD_NUMBER: _ClassVar[int]
+    num_shards: int
+    def __init__(self, num_shards: _Optional[int] = ...) -> None: ...
+
+class ReshardResponse(_message.Message):
+    __slots__ = ()
+    def __init__(self) -> None: ...

@@ -50,6 +50,11 @@ class GenerationStub:
                 request_serializer=protos_dot_generation__pb2.GetMeshRequest.SerializeToString,
                 response_deserializer=protos_dot_generation__pb2.GetMeshResponse.FromString,
                 _registered_method=True)
+        self.Reshard = channel.unary_unary(
+                '/shardmesh.v1.Generation/Reshard',
+                request_serializer=protos_dot_generation__pb2.ReshardRequest.SerializeToString,
+                response_deserializer=protos_dot_generation__pb2.ReshardResponse.FromString,
+                _registered_method=True)
 
 
 class GenerationServicer:
@@ -81,6 +86,16 @@ class GenerationServicer:
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def Reshard(self, request, context):
+        """Asks for another number of shards, and returns at once: the mesh is cut anew as soon as its workers hold the new plan, and
+        requests go on with the same tokens; GetMesh tells how far that is. Where coordinators share workers by a lease, it is asked
+        of all of them. Idempotent. Callers that show API keys need one for operators (PERMISSION_DENIED).
+        INVALID_ARGUMENT: not a number of shards. FAILED_PRECONDITION: the model cannot be cut into so many.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
 
 def add_GenerationServicer_to_server(servicer, server):
     rpc_method_handlers = {
@@ -98,6 +113,11 @@ def add_GenerationServicer_to_server(servicer, server):
                     servicer.GetMesh,
                     request_deserializer=protos_dot_generation__pb2.GetMeshRequest.FromString,
                     response_serializer=protos_dot_generation__pb2.GetMeshResponse.SerializeToString,
+            ),
+            'Reshard': grpc.unary_unary_rpc_method_handler(
+                    servicer.Reshard,
+                    request_deserializer=protos_dot_generation__pb2.ReshardRequest.FromString,
+                    response_serializer=protos_dot_generation__pb2.ReshardResponse.SerializeToString,
             ),
     }
     generic_handler = grpc.method_handlers_generic_handler(
@@ -182,6 +202,33 @@ class Generation:
             '/shardmesh.v1.Generation/GetMesh',
             protos_dot_generation__pb2.GetMeshRequest.SerializeToString,
             protos_dot_generation__pb2.GetMeshResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def Reshard(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/shardmesh.v1.Generation/Reshard',
+            protos_dot_generation__pb2.ReshardRequest.SerializeToString,
+            protos_dot_generation__pb2.ReshardResponse.FromString,
             options,
             channel_credentials,
             insecure,

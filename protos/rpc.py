@@ -6,7 +6,7 @@ import re
 
 from protos.errors import InvalidArgument
 
-PROTOCOL_VERSION = 3
+PROTOCOL_VERSION = 4
 """Raised whenever a message of `shardworker.proto` or `plan.proto` changes its meaning."""
 
 MAX_WORKER_REQUEST_BYTES = 64 * 1024 * 1024

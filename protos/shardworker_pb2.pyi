@@ -21,16 +21,26 @@ WORKER_STATE_LOADING: WorkerState
 WORKER_STATE_LOADED: WorkerState
 
 class Held(_message.Message):
-    __slots__ = ("state", "plan_digest", "shard", "assignment")
+    __slots__ = ("state", "plan_digest", "shard", "assignment", "former")
     STATE_FIELD_NUMBER: _ClassVar[int]
     PLAN_DIGEST_FIELD_NUMBER: _ClassVar[int]
     SHARD_FIELD_NUMBER: _ClassVar[int]
     ASSIGNMENT_FIELD_NUMBER: _ClassVar[int]
+    FORMER_FIELD_NUMBER: _ClassVar[int]
     state: WorkerState
     plan_digest: bytes
     shard: int
     assignment: int
-    def __init__(self, state: _Optional[_Union[WorkerState, str]] = ..., plan_digest: _Optional[bytes] = ..., shard: _Optional[int] = ..., assignment: _Optional[int] = ...) -> None: ...
+    former: _containers.RepeatedCompositeFieldContainer[FormerPlan]
+    def __init__(self, state: _Optional[_Union[WorkerState, str]] = ..., plan_digest: _Optional[bytes] = ..., shard: _Optional[int] = ..., assignment: _Optional[int] = ..., former: _Optional[_Iterable[_Union[FormerPlan, _Mapping]]] = ...) -> None: ...
+
+class FormerPlan(_message.Message):
+    __slots__ = ("plan_digest", "shard")
+    PLAN_DIGEST_FIELD_NUMBER: _ClassVar[int]
+    SHARD_FIELD_NUMBER: _ClassVar[int]
+    plan_digest: bytes
+    shard: int
+    def __init__(self, plan_digest: _Optional[bytes] = ..., shard: _Optional[int] = ...) -> None: ...
 
 class DescribeRequest(_message.Message):
     __slots__ = ()
@@ -65,20 +75,22 @@ class DescribeResponse(_message.Message):
     def __init__(self, protocol_version: _Optional[int] = ..., version: _Optional[str] = ..., held: _Optional[_Union[Held, _Mapping]] = ..., device: _Optional[str] = ..., num_threads: _Optional[int] = ..., memory_total_bytes: _Optional[int] = ..., memory_free_bytes: _Optional[int] = ..., weights_bytes: _Optional[int] = ..., peak_rss_bytes: _Optional[int] = ..., num_sessions: _Optional[int] = ..., kv_bytes: _Optional[int] = ..., kernels: _Optional[str] = ...) -> None: ...
 
 class LoadRequest(_message.Message):
-    __slots__ = ("protocol_version", "plan", "shard_digests", "assignment", "directory", "supplied")
+    __slots__ = ("protocol_version", "plan", "shard_digests", "assignment", "directory", "supplied", "beside")
     PROTOCOL_VERSION_FIELD_NUMBER: _ClassVar[int]
     PLAN_FIELD_NUMBER: _ClassVar[int]
     SHARD_DIGESTS_FIELD_NUMBER: _ClassVar[int]
     ASSIGNMENT_FIELD_NUMBER: _ClassVar[int]
     DIRECTORY_FIELD_NUMBER: _ClassVar[int]
     SUPPLIED_FIELD_NUMBER: _ClassVar[int]
+    BESIDE_FIELD_NUMBER: _ClassVar[int]
     protocol_version: int
     plan: _plan_pb2.ShardPlan
     shard_digests: _containers.RepeatedScalarFieldContainer[bytes]
     assignment: int
     directory: str
     supplied: bool
-    def __init__(self, protocol_version: _Optional[int] = ..., plan: _Optional[_Union[_plan_pb2.ShardPlan, _Mapping]] = ..., shard_digests: _Optional[_Iterable[bytes]] = ..., assignment: _Optional[int] = ..., directory: _Optional[str] = ..., supplied: _Optional[bool] = ...) -> None: ...
+    beside: bool
+    def __init__(self, protocol_version: _Optional[int] = ..., plan: _Optional[_Union[_plan_pb2.ShardPlan, _Mapping]] = ..., shard_digests: _Optional[_Iterable[bytes]] = ..., assignment: _Optional[int] = ..., directory: _Optional[str] = ..., supplied: _Optional[bool] = ..., beside: _Optional[bool] = ...) -> None: ...
 
 class LoadProgress(_message.Message):
     __slots__ = ("loaded_bytes", "total_bytes")

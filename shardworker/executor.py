@@ -1,7 +1,8 @@
 """The owner of the device, and the only place where async meets torch.
 
 Jobs run one at a time, in the order in which they were given: in a thread, so that the worker answers meanwhile, or, where a job
-is short and nothing else is at hand, at once on the event loop, which saves two thread switches, 96 times a token.
+is short and nothing else is at hand, at once on the event loop, which saves two thread switches, 96 times a token. What takes
+long and needs the device only now and then, a load, has a thread of its own beside, and gives the device its jobs one by one.
 """
 
 from __future__ import annotations
@@ -10,7 +11,7 @@ import asyncio
 import threading
 import time
 from queue import SimpleQueue
-from typing import TYPE_CHECKING, Generic, NamedTuple, TypeVar
+from typing import TYPE_CHECKING, Generic, NamedTuple, Protocol, TypeVar
 
 import torch
 
@@ -30,11 +31,18 @@ class Timed(NamedTuple, Generic[T]):
     """From its start to its end."""
 
 
+class OnDevice(Protocol):
+    """Runs a job on the device, from another thread, which waits for its result."""
+
+    def __call__(self, job: Callable[[], T], /) -> T:
+        """Run it after the jobs given before."""
+
+
 class Executor:
-    """A device, and a thread for it."""
+    """A device, a thread for it, and another one for what goes on beside it."""
 
     def __init__(self, device: torch.device, num_threads: int | None) -> None:
-        """Start the thread.
+        """Start the threads.
 
         Args:
             device: that the jobs use.
@@ -49,9 +57,11 @@ class Executor:
         self._num_given = 0
         self._num_done = 0
         self._jobs: SimpleQueue[Callable[[], None] | None] = SimpleQueue()
-        # A daemon: a job that hangs must not keep the process.
+        self._work: SimpleQueue[Callable[[], None] | None] = SimpleQueue()
+        # Daemons: a job that hangs must not keep the process.
         self._thread = threading.Thread(target=self._run, name="device", daemon=True)
         self._thread.start()
+        threading.Thread(target=self._run_beside, name="beside", daemon=True).start()
 
     def submit(self, job: Callable[[], T]) -> asyncio.Future[Timed[T]]:
         """Run a job after those given before; call from the event loop. A cancelled future's job runs all the same."""
@@ -82,8 +92,28 @@ class Executor:
             result = job()
         return Timed(result, start - given, time.perf_counter_ns() - start)
 
+    def beside(self, work: Callable[[OnDevice], T]) -> asyncio.Future[T]:
+        """Do long work beside the device's jobs, after such work given before; call from the event loop.
+
+        A cancelled future's work is done all the same.
+        """
+        loop = asyncio.get_running_loop()
+        future: asyncio.Future[T] = loop.create_future()
+
+        def run() -> None:
+            try:
+                result = work(_ByLoop(self, loop))
+            except BaseException as error:  # noqa: BLE001  # handed to the waiter
+                _hand_over(loop, _fail, future, error)
+            else:
+                _hand_over(loop, _finish, future, result)
+
+        self._work.put(run)
+        return future
+
     def close(self, timeout_s: float) -> bool:
-        """End the thread after the jobs given so far; whether it ended in time."""
+        """End the device's thread after the jobs given so far; whether it ended in time."""
+        self._work.put(None)
         self._jobs.put(None)
         self._thread.join(timeout_s)
         return not self._thread.is_alive()
@@ -97,6 +127,26 @@ class Executor:
                 self._num_done += 1
                 # Nothing of a job may live on until the next one comes.
                 del job
+
+    def _run_beside(self) -> None:
+        with torch.inference_mode():
+            while (work := self._work.get()) is not None:
+                work()
+                del work
+
+
+class _ByLoop:
+    """An `OnDevice` that asks the event loop, which must not run a short job itself at the same time."""
+
+    def __init__(self, executor: Executor, loop: asyncio.AbstractEventLoop) -> None:
+        self._executor = executor
+        self._loop = loop
+
+    def __call__(self, job: Callable[[], T]) -> T:
+        return asyncio.run_coroutine_threadsafe(self._run(job), self._loop).result()
+
+    async def _run(self, job: Callable[[], T]) -> T:
+        return (await self._executor.submit(job)).result
 
 
 def _hand_over(loop: asyncio.AbstractEventLoop, act: Callable[..., None], *args: object) -> None:

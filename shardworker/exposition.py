@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily
 
 from protos.metrics import LoopCollector, MetricsListener, make_registry, serve_metrics
+from protos.shardworker_pb2 import WORKER_STATE_LOADED
 from shardworker.memory import device_memory
 
 if TYPE_CHECKING:
@@ -41,12 +42,13 @@ async def listen_for_scrapes(address: str, holding: Holding) -> MetricsListener:
 
 
 def _state(holding: Holding) -> Iterator[Metric]:
-    shard, memory = holding.shard, device_memory(holding.executor.device)
+    held, memory = holding.held(), device_memory(holding.executor.device)
     for name, text, value in (
-        ("loaded", "1 while the worker holds a shard of a plan.", shard is not None),
+        ("loaded", "1 while the worker holds a shard of a plan.", held.state == WORKER_STATE_LOADED),
         ("assignment", "Highest assignment that a coordinator gave.", holding.assignment),
         ("sessions", "Sessions of coordinators that are open.", len(holding.sessions)),
-        ("weights_bytes", "Weights held.", shard.weights_bytes if shard else 0),
+        ("former_plans", "Plans held beside the latest one, until their last session ends.", len(held.former)),
+        ("weights_bytes", "Weights held, of all plans.", holding.weights_bytes),
         ("kv_bytes", "KV pages reserved by all sessions.", sum(session.kv_bytes for session in holding.sessions)),
         ("memory_free_bytes", "Free memory of the device.", memory.free),
         ("memory_total_bytes", "Memory of the device.", memory.total),

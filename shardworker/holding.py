@@ -1,36 +1,34 @@
-"""Which plan a worker holds, under which assignment, and who may replace it or drive it.
+"""Which plans a worker holds, under which assignment, and who may replace them or drive them.
 
-State changes on the event loop, at once: from the moment a load is accepted, rounds of the old plan are refused. Weights
-come and go in the device's thread, after the rounds that were accepted before.
+A worker is one shard, of the plan that came last. When a mesh is cut anew, the plan before it is held too until the last session
+on it ends, so that whoever is served by it goes on meanwhile.
+
+State changes on the event loop, at once: from the moment a load is accepted, rounds of a plan that it replaces are refused.
+Memory is freed on the device, after the rounds that were accepted before; weights are read in a thread of their own.
 """
 
 from __future__ import annotations
 
 import asyncio
 import gc
-import threading
-import traceback
-from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, NamedTuple
 
 import structlog
 import torch
 
 from protos import shardworker_pb2 as pb
-from protos.digest import DIGEST_BYTES, mesh_digest, shard_digest
-from protos.errors import InvalidArgument, PlanMismatch, ProtocolMismatch, StaleEpoch
-from protos.rpc import PROTOCOL_VERSION
-from shardworker.loader import Progress, load_weights
-from shardworker.plan import check_plan
-from shardworker.session import Session
-from shardworker.shard import Shard
+from protos.errors import InvalidArgument, PlanMismatch, StaleEpoch
+from shardworker.loading import Loading, MeshShard, check_load
 from shardworker.tally import RoundTally
 
 if TYPE_CHECKING:
     from collections.abc import AsyncGenerator, Callable, Iterable
 
-    from shardworker.executor import Executor, Timed
+    from shardworker.executor import Executor
     from shardworker.kernels.interface import Kernels
+    from shardworker.loader import Progress
+    from shardworker.session import Session
+    from shardworker.shard import Shard
     from shardworker.source import Supplier
 
 log = structlog.get_logger(__name__)
@@ -40,34 +38,12 @@ MAX_COORDINATORS = 1024
 """Whose epochs are remembered; those not seen for longest are forgotten."""
 
 
-class MeshShard(NamedTuple):
-    """A plan's identity."""
-
-    digest: bytes
-    """Of the mesh, 32 bytes."""
-    shard: int
-
-
 class Owner(NamedTuple):
-    """Who opened a session."""
+    """Who opened a session, on which plan."""
 
     coordinator: bytes
     epoch: int
-
-
-@dataclass(eq=False, slots=True)
-class Loading:
-    """A load on its way, and those who wait for it."""
-
-    of: MeshShard
-    progress: Progress = field(default_factory=lambda: Progress(0, 0))
-    cancelled: threading.Event = field(default_factory=threading.Event)
-    waiters: int = 0
-    done: asyncio.Future[None] | None = None
-
-    def report(self, progress: Progress) -> None:
-        """Take note; called from the device's thread."""
-        self.progress = progress
+    plan_digest: bytes
 
 
 class Holding:
@@ -89,21 +65,30 @@ class Holding:
         self.supplies: dict[MeshShard, list[Supplier]] = {}
         """Who sends bytes of checkpoints, by what is to be loaded from them; the first one is taken."""
         self.tally = RoundTally()
-        # Highest epoch of each coordinator's process, the latest seen last.
+        # Highest epoch of each coordinator's mesh, the latest seen last.
         self._epochs: dict[bytes, int] = {}
-        self.shard: Shard | None = None
-        self._of: MeshShard | None = None
+        # By the mesh's digest, the one that came last at the end.
+        self._shards: dict[bytes, Shard] = {}
         self._loading: Loading | None = None
         self._notify = notify
 
+    @property
+    def weights_bytes(self) -> int:
+        """Of all plans held."""
+        return sum(shard.weights_bytes for shard in self._shards.values())
+
     def held(self) -> pb.Held:
         """Describe it, as the answer to a mismatch."""
-        if self._loading is not None:
-            return pb.Held(state=pb.WORKER_STATE_LOADING, assignment=self.assignment)
-        if self._of is None:
-            return pb.Held(state=pb.WORKER_STATE_EMPTY, assignment=self.assignment)
+        if not self._shards:
+            state = pb.WORKER_STATE_LOADING if self._loading else pb.WORKER_STATE_EMPTY
+            return pb.Held(state=state, assignment=self.assignment)
+        *former, (digest, shard) = self._shards.items()
         return pb.Held(
-            state=pb.WORKER_STATE_LOADED, plan_digest=self._of.digest, shard=self._of.shard, assignment=self.assignment
+            state=pb.WORKER_STATE_LOADED,
+            plan_digest=digest,
+            shard=shard.plan.shard,
+            assignment=self.assignment,
+            former=[pb.FormerPlan(plan_digest=digest, shard=shard.plan.shard) for digest, shard in former],
         )
 
     def check_plan(self, digest: bytes) -> Shard:
@@ -113,12 +98,11 @@ class Holding:
             PlanMismatch: the worker holds another plan, or none.
 
         """
-        if self.shard is None or self._of is None or self._of.digest != digest:
-            found = pb.WorkerState.Name(self.held().state).removeprefix("WORKER_STATE_").lower()
-            if self._of is not None:
-                found = self._of.digest.hex()[:12]
-            raise PlanMismatch(f"wanted plan {digest.hex()[:12]}, the worker holds {found}: load the plan")
-        return self.shard
+        if shard := self._shards.get(digest):
+            return shard
+        found = ", ".join(held.hex()[:12] for held in reversed(self._shards))
+        found = found or pb.WorkerState.Name(self.held().state).removeprefix("WORKER_STATE_").lower()
+        raise PlanMismatch(f"wanted plan {digest.hex()[:12]}, the worker holds {found}: load the plan")
 
     def begin_epoch(self, coordinator: bytes, epoch: int) -> Callable[[], None]:
         """Count a coordinator's epoch from now on, and end its older sessions; the result frees their memory, on the device.
@@ -143,21 +127,25 @@ class Holding:
         """Whether the coordinator has opened newer sessions."""
         return owner.epoch < self._epochs.get(owner.coordinator, 0)
 
-    def _check_assignment(self, assignment: int) -> None:
-        if assignment < self.assignment:
-            raise StaleEpoch(f"assignment {assignment} is over, the worker is at {self.assignment}: choose a higher one")
+    def end(self, session: Session) -> None:
+        """Free what a session holds, after the round that may still be running, and a former plan that nobody uses any more."""
+        self.sessions.pop(session, None)
+        self.executor.submit(session.drop)
+        self._retire()
 
     async def load(self, request: pb.LoadRequest) -> AsyncGenerator[Progress]:
         """Become the shard of a plan; gives progress, and ends when the plan is held.
 
         Raises:
-            MeshError: the request is refused, or loading failed and the worker is empty.
+            MeshError: the request is refused, or loading failed: what was to be replaced is gone, what was not serves on.
 
         """
-        of = _check_load(request)
-        if self._of == of:
+        of = check_load(request)
+        if self._holds(of):
             # Nothing changes hands, whatever the assignment.
             self.assignment = max(self.assignment, request.assignment)
+            self._shards[of.digest] = self._shards.pop(of.digest)
+            self._retire()
             return
         self._check_assignment(request.assignment)
         supplier = next(iter(self.supplies.get(of, ())), None) if request.supplied else None
@@ -186,54 +174,62 @@ class Holding:
         """
         self._check_assignment(assignment)
         self.assignment = assignment
-        drop = self._let_go()
-        await self.executor.submit(drop)
+        self.cancel_loading()
+        self._loading = None
+        await self.executor.submit(self._let_go(list(self._shards)))
 
     def cancel_loading(self) -> None:
         """Give up a load that is on its way."""
         if self._loading is not None:
             self._loading.cancelled.set()
 
-    def _let_go(self) -> Callable[[], None]:
-        """Stop serving now; the result frees the memory, in the device's thread."""
-        self.cancel_loading()
-        self._loading = self._of = self.shard = None
-        sessions = tuple(self.sessions)
-        self._notify(False)
-        return lambda: _drop(sessions)
+    def _holds(self, of: MeshShard) -> bool:
+        shard = self._shards.get(of.digest)
+        return shard is not None and shard.plan.shard == of.shard
+
+    def _check_assignment(self, assignment: int) -> None:
+        if assignment < self.assignment:
+            raise StaleEpoch(f"assignment {assignment} is over, the worker is at {self.assignment}: choose a higher one")
+
+    def _let_go(self, digests: Iterable[bytes]) -> Callable[[], None]:
+        """Stop serving these plans now; the result frees the memory, on the device."""
+        gone = {digest: self._shards.pop(digest) for digest in digests if digest in self._shards}
+        # They know that they are over when they are dropped.
+        sessions = [session for session, owner in self.sessions.items() if owner.plan_digest in gone]
+        if not self._shards:
+            self._notify(False)
+        return lambda: _drop(sessions, gone)
+
+    def _retire(self) -> None:
+        """Let go of former plans on which there is no session."""
+        used = {owner.plan_digest for owner in self.sessions.values()}
+        if unused := [digest for digest in list(self._shards)[:-1] if digest not in used]:
+            log.info("former plans dropped", plans=[digest.hex()[:12] for digest in unused])
+            self.executor.submit(self._let_go(unused))
 
     def _start(self, of: MeshShard, request: pb.LoadRequest, supplier: Supplier | None) -> Loading:
-        drop = self._let_go()
+        self.cancel_loading()
+        # A worker is one shard of a mesh.
+        drop = self._let_go([of.digest] if request.beside else list(self._shards))
         loading = self._loading = Loading(of)
-        plan, directory, kernels = request.plan, request.directory, self.kernels
-
-        def job() -> Shard:
-            drop()
-            try:
-                weights, num_bytes = load_weights(
-                    plan, directory, kernels, loading.report, loading.cancelled.is_set, supplier=supplier
-                )
-            except BaseException as error:
-                _forget(error)
-                raise
-            return Shard(plan, weights, num_bytes, kernels)
-
-        loading.done = asyncio.ensure_future(self._finish(loading, self.executor.submit(job)))
+        job = self.executor.beside(lambda on_device: loading.run(request, self.kernels, supplier, drop, on_device))
+        loading.done = asyncio.ensure_future(self._finish(loading, job))
         # The last waiter may have left.
         loading.done.add_done_callback(lambda done: done.cancelled() or done.exception())
         return loading
 
-    async def _finish(self, loading: Loading, job: asyncio.Future[Timed[Shard]]) -> None:
+    async def _finish(self, loading: Loading, job: asyncio.Future[Shard]) -> None:
         try:
-            shard = (await job).result
+            shard = await job
         finally:
             current = self._loading is loading
             if current:
                 self._loading = None
         if current:
-            self.shard, self._of = shard, loading.of
+            self._shards[loading.of.digest] = shard
             self._notify(True)
             log.info("plan loaded", shard=loading.of.shard, assignment=self.assignment, weights_bytes=shard.weights_bytes)
+            self._retire()
 
     async def _is_done(self, loading: Loading) -> bool:
         """Wait for the end of a load, but no longer than progress may be silent."""
@@ -242,48 +238,16 @@ class Holding:
         done, _ = await asyncio.wait({loading.done}, timeout=PROGRESS_INTERVAL_S)
         if done:
             loading.done.result()
-            if self._of != loading.of:
+            if not self._holds(loading.of):
                 raise PlanMismatch("the load was given up: another plan came")
         return bool(done)
 
 
-def _drop(sessions: Iterable[Session]) -> None:
+def _drop(sessions: Iterable[Session], shards: dict[bytes, Shard] | None = None) -> None:
     for session in sessions:
         session.drop()
+    if shards:
+        shards.clear()
     gc.collect()
     if torch.cuda.is_available():
         torch.cuda.empty_cache()
-
-
-def check_protocol(version: int) -> None:
-    """Refuse a coordinator of another protocol.
-
-    Raises:
-        ProtocolMismatch: likewise.
-
-    """
-    if version != PROTOCOL_VERSION:
-        raise ProtocolMismatch(
-            f"the coordinator speaks protocol {version}, this worker {PROTOCOL_VERSION}: upgrade the older one"
-        )
-
-
-def _forget(error: BaseException) -> None:
-    """Clear the frames that an error passed: half-loaded weights would live as long as it is looked at."""
-    cause: BaseException | None = error
-    while cause is not None:
-        traceback.clear_frames(cause.__traceback__)
-        cause = cause.__cause__ or cause.__context__
-
-
-def _check_load(request: pb.LoadRequest) -> MeshShard:
-    check_protocol(request.protocol_version)
-    if request.assignment == 0:
-        raise InvalidArgument("assignment: wanted at least 1, found 0")
-    plan, digests = request.plan, request.shard_digests
-    if len(digests) != plan.num_shards or any(len(digest) != DIGEST_BYTES for digest in digests):
-        raise InvalidArgument(f"shard_digests: wanted {plan.num_shards} of {DIGEST_BYTES} bytes, found {len(digests)}")
-    check_plan(plan)
-    if digests[plan.shard] != shard_digest(plan):
-        raise InvalidArgument(f"shard_digests: number {plan.shard} is not this plan's")
-    return MeshShard(mesh_digest(digests), plan.shard)

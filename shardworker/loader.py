@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 from contextlib import ExitStack
 from dataclasses import dataclass
+from functools import partial
 from typing import TYPE_CHECKING, NamedTuple
 
 import torch
@@ -25,6 +26,7 @@ if TYPE_CHECKING:
 
     from protos.plan_pb2 import ShardPlan, TensorSlice
     from protos.safetensors_header import TensorEntry
+    from shardworker.executor import OnDevice
     from shardworker.kernels.interface import Kernels
     from shardworker.source import Supplier, TensorSource
     from shardworker.weights import ShardWeights
@@ -69,6 +71,7 @@ def load_weights(
     is_cancelled: Callable[[], bool],
     *,
     supplier: Supplier | None = None,
+    on_device: OnDevice = lambda job: job(),
 ) -> tuple[ShardWeights, int]:
     """Take the memory and fill it; the weights and their bytes.
 
@@ -79,6 +82,7 @@ def load_weights(
         report: told of each block.
         is_cancelled: asked between two reads.
         supplier: who sends the files' bytes; None: they are read from `directory`.
+        on_device: runs what needs the device, one block after the other; it may do something else between them.
 
     Raises:
         ModelError: a file or tensor is missing, damaged or different.
@@ -104,7 +108,7 @@ def load_weights(
         blocks = _random_blocks(layout.fills) if source is None else _stored_blocks(source, layout.fills)
         for fill, row, block in blocks:
             _check_cancelled(is_cancelled)
-            done += fill.target.store(row, block)
+            done += on_device(partial(fill.target.store, row, block))
             report(Progress(done, layout.num_bytes))
     return layout.weights, layout.num_bytes
 

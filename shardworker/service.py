@@ -11,12 +11,14 @@ import grpc
 import structlog
 
 from protos import shardworker_pb2 as pb
+from protos.digest import mesh_digest
 from protos.errors import InvalidArgument, MeshError, PlanMismatch, StaleEpoch, StepMismatch
 from protos.log import frames
 from protos.rpc import PROTOCOL_VERSION
 from protos.shardworker_pb2_grpc import ShardWorkerServicer
-from shardworker.holding import Holding, MeshShard, Owner, check_protocol
+from shardworker.holding import Holding, Owner
 from shardworker.lease import Lease
+from shardworker.loading import MeshShard, check_protocol
 from shardworker.memory import device_memory, peak_rss_bytes
 from shardworker.plan import check_files
 from shardworker.session import Session
@@ -61,7 +63,7 @@ class ShardWorkerService(ShardWorkerServicer):
             num_threads=executor.num_threads,
             memory_total_bytes=memory.total,
             memory_free_bytes=memory.free,
-            weights_bytes=holding.shard.weights_bytes if holding.shard else 0,
+            weights_bytes=holding.weights_bytes,
             peak_rss_bytes=peak_rss_bytes(),
             num_sessions=self._num_streams,
             kv_bytes=sum(session.kv_bytes for session in holding.sessions),
@@ -80,11 +82,10 @@ class ShardWorkerService(ShardWorkerServicer):
                 already_held = False
                 report = pb.LoadProgress(loaded_bytes=progress.loaded_bytes, total_bytes=progress.total_bytes)
                 yield pb.LoadResponse(progress=report)
-        shard = holding.shard
         yield pb.LoadResponse(
             loaded=pb.Loaded(
                 held=holding.held(),
-                weights_bytes=shard.weights_bytes if shard else 0,
+                weights_bytes=holding.check_plan(mesh_digest(request.shard_digests)).weights_bytes,
                 already_held=already_held,
                 load_ns=time.perf_counter_ns() - start,
             )
@@ -167,7 +168,7 @@ class ExecuteStream:
     def __init__(self, holding: Holding) -> None:
         self._holding = holding
         self._session: Session | None = None
-        self._owner = Owner(b"", 0)
+        self._owner = Owner(b"", 0, b"")
         self._round = 0
         self._shard = 0
         self._durations = Durations()
@@ -193,8 +194,7 @@ class ExecuteStream:
     def close(self) -> None:
         """Free what the session holds, after the round that may still be running."""
         if self._session is not None:
-            self._holding.sessions.pop(self._session, None)
-            self._holding.executor.submit(self._session.drop)
+            self._holding.end(self._session)
 
     async def _serve(self, request: pb.ExecuteRequest) -> pb.ExecuteResponse:
         if request.round != self._round:
@@ -230,8 +230,8 @@ class ExecuteStream:
                 f"open: wanted pages and an epoch >= 1 and {COORDINATOR_BYTES} bytes of coordinator, "
                 f"found {action.num_pages}, {request.epoch} and {len(action.coordinator)}"
             )
-        owner = Owner(action.coordinator, request.epoch)
-        end_older = holding.begin_epoch(*owner)
+        owner = Owner(action.coordinator, request.epoch, request.plan_digest)
+        end_older = holding.begin_epoch(owner.coordinator, owner.epoch)
 
         def reserve() -> Session:
             # In the device's thread, so that pools which were closed before are free.

@@ -71,3 +71,28 @@ async def test_an_error_of_a_short_job_reaches_its_caller(executor: Any) -> None
     with pytest.raises(ZeroDivisionError):
         await executor.run_short(lambda: 1 // 0)
     assert (await executor.run_short(lambda: 7)).result == 7
+
+
+async def test_work_beside_the_device_gives_it_jobs_between_others(executor: Any) -> None:
+    gate, seen = threading.Event(), []
+
+    def work(on_device: Any) -> str:
+        seen.append(("beside", threading.get_ident() != on_device(threading.get_ident), torch.is_inference_mode_enabled()))
+        gate.wait()
+        return on_device(lambda: "done")
+
+    under_way = executor.beside(work)
+    # The device is free while the work waits for something else.
+    assert (await executor.submit(lambda: 1)).result == 1
+    gate.set()
+    assert await under_way == "done"
+    assert seen == [("beside", True, True)]
+
+
+async def test_an_error_on_the_device_reaches_the_work_beside_and_its_waiter(executor: Any) -> None:
+    def fail() -> None:
+        raise KeyError("x")
+
+    with pytest.raises(KeyError):
+        await executor.beside(lambda on_device: on_device(fail))
+    assert await executor.beside(lambda _: 1) == 1

@@ -16,7 +16,7 @@ from protos import plan_pb2, shardworker_pb2, tensor_pb2
 from protos.digest import mesh_digest, shard_digest
 from protos.errors import error_reason
 from protos.rpc import PROTOCOL_VERSION
-from shardworker import holding, loader, service
+from shardworker import loader, loading, service
 from shardworker.memory import Memory
 from shardworker.shard import Shard
 
@@ -64,13 +64,13 @@ class Gate:
         self.entered = 0
         load = loader.load_weights
 
-        def slow(plan: Any, directory: Any, device: Any, report: Any, is_cancelled: Any, *, supplier: Any) -> Any:
+        def slow(plan: Any, directory: Any, device: Any, report: Any, is_cancelled: Any, **others: Any) -> Any:
             self.entered += 1
             while not self.open.wait(0.002) and not (obeys and is_cancelled()):
                 pass
-            return load(plan, directory, device, report, is_cancelled, supplier=supplier)
+            return load(plan, directory, device, report, is_cancelled, **others)
 
-        monkeypatch.setattr(holding, "load_weights", slow)
+        monkeypatch.setattr(loading, "load_weights", slow)
 
 
 async def test_an_empty_worker_describes_itself(client: Any) -> None:
