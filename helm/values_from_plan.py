@@ -1,6 +1,12 @@
-"""Values of the chart for a model: what its workers and coordinators need, computed from what `coordctl plan` says.
+r"""Values of the chart for a model: what its workers and coordinators need, computed from what `coordctl plan` says.
 
 coordctl plan --model DIR_OR_HUB_ID --shards 4 --quantize int8 --json | python helm/values_from_plan.py > values.yaml
+
+Workers change the number of shards without a stall if they have room for both plans:
+
+coordctl plan --model DIR_OR_HUB_ID --shards 2 --quantize int8 --json > two.json
+coordctl plan --model DIR_OR_HUB_ID --shards 4 --quantize int8 --json \
+  | python helm/values_from_plan.py --beside two.json > values.yaml
 """
 
 from __future__ import annotations
@@ -17,6 +23,7 @@ WORKER_MIB = 512
 COORDINATOR_MIB = 1024
 """Of a coordinator beside the embedding: the same, the tokenizer, what requests keep. Measured: 310 MiB for SmolLM2 in all."""
 
+_SAME = ("model", "dtype", "quantization")
 _DTYPE_BYTES = {"f32": 4, "bf16": 2, "f16": 2}
 _STEP_MIB = 64
 
@@ -26,29 +33,36 @@ _STEP_MIB = 64
 @click.option(
     "--kv-tokens", type=click.IntRange(min=1), default=65536, show_default=True, help="Tokens of KV cache to make room for."
 )
-def main(plan: TextIO, kv_tokens: int) -> None:
+@click.option("--beside", type=click.File(), help="Plan of another number of shards; workers get room for both at once.")
+def main(plan: TextIO, kv_tokens: int, beside: TextIO | None) -> None:
     """Print values for PLAN, the output of `coordctl plan --json` (default: standard input)."""
     try:
         outline = json.load(plan)
-        values = values_for(outline, kv_tokens)
+        other = json.load(beside) if beside else None
+        values = values_for(outline, kv_tokens, other)
+        alike = not other or all(other[key] == outline[key] for key in _SAME)
     except (ValueError, KeyError, TypeError):
         raise click.ClickException("PLAN must be what coordctl plan --json prints") from None
+    if not alike:
+        raise click.ClickException(f"both plans must have the same {', '.join(_SAME)}: only shards may be others")
     worker = values["worker"]["resources"]["limits"]["memory"]
     click.echo(f"# {outline['model']}, {outline['dtype']}, {kv_tokens} tokens of KV cache. On a GPU, {worker} of its memory.")
     # JSON is YAML.
     click.echo(json.dumps(values, indent=2))
 
 
-def values_for(outline: dict[str, Any], kv_tokens: int) -> dict[str, Any]:
+def values_for(outline: dict[str, Any], kv_tokens: int, other: dict[str, Any] | None = None) -> dict[str, Any]:
     """Compute the values that follow from a plan.
 
     Args:
         outline: the object that `coordctl plan --json` prints.
         kv_tokens: tokens of KV cache.
+        other: likewise, of a plan that workers hold beside it for a while.
 
     """
     shards = outline["shards"]
-    worker = max(shard["weight_bytes"] + kv_tokens * shard["kv_bytes_per_token"] for shard in shards)
+    # Whoever holds the largest slice of the one may get the largest slice of the other.
+    worker = sum(_largest_slice(one, kv_tokens) for one in (outline, other) if one)
     embedding = outline["vocabulary"] * outline["hidden"] * _DTYPE_BYTES[outline["dtype"]]
     return {
         "shards": len(shards),
@@ -57,6 +71,10 @@ def values_for(outline: dict[str, Any], kv_tokens: int) -> dict[str, Any]:
         "coordinator": {"kvTokens": kv_tokens, "resources": _memory(embedding + COORDINATOR_MIB * MIB)},
         "worker": {"resources": _memory(worker + WORKER_MIB * MIB)},
     }
+
+
+def _largest_slice(outline: dict[str, Any], kv_tokens: int) -> int:
+    return max(int(shard["weight_bytes"] + kv_tokens * shard["kv_bytes_per_token"]) for shard in outline["shards"])
 
 
 def _memory(num_bytes: int) -> dict[str, dict[str, str]]:

@@ -124,6 +124,14 @@ class Rendered:
         return self.pod(component)["containers"][0]["args"]
 
 
+def wanted_shards(rendered: Rendered) -> int:
+    """How many shards coordinators are told to make: by their Lease, or by an argument where there is none."""
+    told = [lease["metadata"]["annotations"]["shardmesh.dev/shards"] for lease in rendered.of_kind("Lease")]
+    told += [argument.partition("=")[2] for argument in rendered.arguments("coordinator") if argument.startswith("--shards=")]
+    assert len(told) == 1, f"told {len(told)} times"
+    return int(told[0])
+
+
 def containers(pod: Document) -> list[Document]:
     return [*pod.get("initContainers", []), *pod["containers"]]
 

@@ -8,10 +8,11 @@ DIGEST = "sha256:" + "ab" * 32
 
 CASES: dict[str, Document] = {
     "defaults": {},
-    "stream from a new claim": {"model.delivery": "stream"},
-    "hub": {"model.source": "hub", "model.delivery": "stream", "model.hubToken.existingSecret": "hub", "cacheSize": "4Gi"},
-    "hub, token in the values": {"model.source": "hub", "model.delivery": "stream", "model.hubToken.value": "hf_x"},
+    "shared on one node": {"model.delivery": "shared"},
+    "hub": {"model.source": "hub", "model.hubToken.existingSecret": "hub", "cacheSize": "4Gi"},
+    "hub, token in the values": {"model.source": "hub", "model.hubToken.value": "hf_x"},
     "new claim for many nodes": {
+        "model.delivery": "shared",
         "model.claim.accessMode": "ReadWriteMany",
         "model.claim.storageClassName": "nfs",
         "model.claim.keep": True,
@@ -20,15 +21,12 @@ CASES: dict[str, Document] = {
     },
     "existing claim": {
         "model.source": "existingClaim",
+        "model.delivery": "shared",
         "model.claim.existing": "weights",
         "model.claim.accessMode": "ReadOnlyMany",
         "model.path": "Qwen/Qwen3-30B-A3B",
     },
-    "existing claim, its root, streamed": {
-        "model.source": "existingClaim",
-        "model.claim.existing": "weights",
-        "model.delivery": "stream",
-    },
+    "existing claim, its root, streamed": {"model.source": "existingClaim", "model.claim.existing": "weights"},
     "cert-manager": {"tls.mode": "certManager", "tls.requireCallerCertificate": True, "tls.extraNames": ["llm.example.org"]},
     "cert-manager, an issuer of theirs": {
         "tls.mode": "certManager",
@@ -54,6 +52,7 @@ CASES: dict[str, Document] = {
         "worker.spares": 2,
         "coordinator.replicas": 3,
         "coordinator.warmSpares": True,
+        "model.delivery": "shared",
         "coordinator.kvTokens": 1048576,
         "coordinator.maxRows": 1024,
         "coordinator.maxRunning": 128,
@@ -79,7 +78,6 @@ CASES: dict[str, Document] = {
         "worker.maxSurge": 0,
         "worker.maxUnavailable": 1,
         "worker.topologySpreadConstraints": [],
-        "model.delivery": "stream",
     },
     "images": {
         "image.registry": "registry.example.org/llm",
@@ -140,4 +138,5 @@ CASES: dict[str, Document] = {
     "service monitor": {"metrics.monitor": "serviceMonitor", "metrics.dashboard": True},
     "no metrics": {"metrics.enabled": False, "metrics.monitor": "podMonitor", "podDisruptionBudget.enabled": False},
     "no fsGroup": {"fsGroup": None},
+    "IPv6": {"ipv6": True, "networkPolicy.apiServerCidr": "::/0"},
 }

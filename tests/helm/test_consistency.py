@@ -6,7 +6,7 @@ from pathlib import PurePosixPath
 
 import pytest
 
-from tests.helm.chart import Document, Rendered, containers, render, selects
+from tests.helm.chart import Document, Rendered, containers, render, selects, wanted_shards
 from tests.helm.matrix import CASES
 
 THEIRS = {
@@ -124,7 +124,7 @@ def test_files_in_arguments_are_in_what_is_mounted(rendered: Rendered) -> None:
 def test_programs_listen_where_ports_and_probes_say(rendered: Rendered) -> None:
     for component, listeners in (
         ("coordinator", {"callers": "--listen", "health": "--health-listen", "metrics": "--metrics-listen"}),
-        ("worker", {"rounds": "--listen", "health": "--health-listen"}),
+        ("worker", {"rounds": "--listen", "health": "--health-listen", "metrics": "--metrics-listen"}),
     ):
         (container,) = rendered.pod(component)["containers"]
         ports = ports_of(rendered.template(component))
@@ -157,9 +157,8 @@ def test_coordinators_look_for_workers_where_their_service_is(rendered: Rendered
 
 
 def test_workers_are_as_many_as_shards_and_spares(rendered: Rendered) -> None:
-    (shards,) = value(rendered.pod("coordinator")["containers"][0], "--shards")
     replicas = rendered.get("Deployment", "mesh-worker")["spec"]["replicas"]
-    assert replicas >= int(shards)
+    assert replicas >= wanted_shards(rendered)
     assert render(CASES["many"]).get("Deployment", "mesh-worker")["spec"]["replicas"] == 10
     assert render(CASES["three shards"]).get("Deployment", "mesh-worker")["spec"]["replicas"] == 3
 
@@ -262,6 +261,20 @@ def test_monitors_find_the_port(rendered: Rendered) -> None:
         found = [s for s in rendered.of_kind("Service") if selects(monitor["spec"]["selector"], s["metadata"]["labels"])]
         (service,) = found
         assert monitor["spec"]["endpoints"][0]["port"] in {port["name"] for port in service["spec"]["ports"]}
+
+
+def test_coordinators_and_workers_are_scraped() -> None:
+    for case, kind in (("pod monitor", "PodMonitor"), ("service monitor", "ServiceMonitor")):
+        assert render(CASES[case]).names(kind) == {"mesh-coordinator", "mesh-worker"}
+    assert render(CASES["no metrics"]).names("PodMonitor") == set()
+
+
+def test_a_family_of_addresses_is_listened_on() -> None:
+    for values, host in (({}, "0.0.0.0"), (CASES["IPv6"], "[::]")):  # noqa: S104  # in a pod
+        arguments = [argument for component in ("coordinator", "worker") for argument in render(values).arguments(component)]
+        listening = [argument.partition("=")[2] for argument in arguments if argument.partition("=")[0].endswith("listen")]
+        assert len(listening) == 6
+        assert {address.rpartition(":")[0] for address in listening} == {host}
 
 
 def test_autoscalers_own_the_number_of_coordinators() -> None:

@@ -68,7 +68,8 @@ class Pod:
 class Running:
     rendered: Rendered
     folder: Path
-    metrics: str
+    metrics: dict[str, str]
+    """Where each pod answers scrapes."""
     address: str = ""
 
     def pod(self, component: str) -> Pod:
@@ -102,22 +103,20 @@ def running(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Running]:
     folder = tmp_path_factory.mktemp("pods")
     make_checkpoint("llama", folder / "model")
     add_tokenizer(folder / "model")
-    mesh = Running(render(), folder, f"127.0.0.1:{free_port()}")
+    names = ("worker-0", "worker-1", "coordinator")
+    mesh = Running(render(), folder, {name: f"127.0.0.1:{free_port()}" for name in names})
     with ExitStack() as stack:
-        workers = [
-            start(
-                stack,
-                folder / f"worker-{number}.log",
-                mesh.pod("worker").command(listen="127.0.0.1:0", health_listen=f"unix:{folder}/worker-{number}"),
+        commands = {
+            name: mesh.pod(name.partition("-")[0]).command(
+                model=str(folder / "model"),
+                listen="127.0.0.1:0",
+                health_listen=f"unix:{folder}/{name}",
+                metrics_listen=mesh.metrics[name],
             )
-            for number in range(2)
-        ]
-        serve = mesh.pod("coordinator").command(
-            model=str(folder / "model"),
-            listen="127.0.0.1:0",
-            health_listen=f"unix:{folder}/coordinator",
-            metrics_listen=mesh.metrics,
-        )
+            for name in names
+        }
+        workers = [start(stack, folder / f"{name}.log", commands[name]) for name in names[:2]]
+        serve = commands["coordinator"]
         address = start(stack, folder / "coordinator.log", [*serve, f"--workers={','.join(workers)}"])
         mesh.address = f"localhost:{address.rpartition(':')[2]}"
         yield mesh
@@ -170,9 +169,19 @@ def test_probes_are_answered_in_plaintext(running: Running, listener: str, servi
     assert (done.returncode == 0) is serving, done.stderr
 
 
+def scrape(running: Running, pod: str) -> str:
+    with urllib.request.urlopen(f"http://{running.metrics[pod]}/metrics", timeout=DEADLINE_S) as answer:
+        text: str = answer.read().decode()
+    return text
+
+
+@pytest.mark.parametrize("pod", ["worker-0", "worker-1"])
+def test_workers_tell_of_their_shards(running: Running, pod: str) -> None:
+    assert "shardmesh_shard_loaded 1.0" in scrape(running, pod).splitlines()
+
+
 def test_alerts_and_autoscalers_ask_for_metrics_that_coordinators_have(running: Running) -> None:
-    with urllib.request.urlopen(f"http://{running.metrics}/metrics", timeout=DEADLINE_S) as answer:
-        text = answer.read().decode()
+    text = scrape(running, "coordinator")
     # A counter's and a histogram's series have names of their own.
     told = set(re.findall(r"^# TYPE (\w+) (?:gauge|counter)$", text, re.MULTILINE))
     told |= {f"{name}_bucket" for name in re.findall(r"^# TYPE (\w+) histogram$", text, re.MULTILINE)}

@@ -155,12 +155,13 @@ DNS = ("anyone", [53, 53])
 HUB = ("anyone", [443])
 
 
-def test_workers_hear_coordinators_and_reach_nobody() -> None:
+def test_workers_hear_coordinators_and_prometheus_and_reach_nobody() -> None:
     for case in CASES:
         for policy in render(CASES[case]).of_kind("NetworkPolicy"):
             if policy["metadata"]["name"] == "mesh-worker":
                 assert policy["spec"]["policyTypes"] == ["Ingress", "Egress"]
-                assert peers(policy, "ingress") == [(of_component("coordinator"), [7001])]
+                scraped = [] if case == "no metrics" else [(MONITORING, [7009])]
+                assert peers(policy, "ingress") == [(of_component("coordinator"), [7001]), *scraped]
                 assert peers(policy, "egress") == []
 
 

@@ -11,7 +11,7 @@ import yaml
 from click.testing import CliRunner
 
 from coordinator.commands.plan import plan
-from tests.helm.chart import CHART, ROOT, Rendered, helm, parse
+from tests.helm.chart import CHART, ROOT, Rendered, helm, parse, wanted_shards
 from tests.tiny import make_checkpoint
 
 MIB = 2**20
@@ -28,12 +28,21 @@ def script() -> ModuleType:
 
 
 @pytest.fixture(scope="module")
-def outline(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("model") / "llama"
     make_checkpoint("llama", folder)
-    done = CliRunner().invoke(plan, ["--model", str(folder), "--shards", "3", "--quantize", "int8", "--json"])
+    return folder
+
+
+def outline_of(checkpoint: Path, shards: int, quantize: str = "int8") -> dict[str, Any]:
+    done = CliRunner().invoke(plan, ["--model", str(checkpoint), f"--shards={shards}", f"--quantize={quantize}", "--json"])
     found: dict[str, Any] = json.loads(done.stdout)
     return found
+
+
+@pytest.fixture(scope="module")
+def outline(checkpoint: Path) -> dict[str, Any]:
+    return outline_of(checkpoint, 3)
 
 
 def test_the_chart_takes_what_it_prints(script: ModuleType, outline: dict[str, Any], tmp_path: Path) -> None:
@@ -42,7 +51,8 @@ def test_the_chart_takes_what_it_prints(script: ModuleType, outline: dict[str, A
     values = tmp_path / "values.yaml"
     values.write_text(done.stdout)
     rendered = Rendered(parse(helm("template", "mesh", str(CHART), "--values", str(values)).stdout))
-    assert {"--shards=3", "--kv-tokens=1048576", "--quantize=int8", "--dtype=f32"} <= set(rendered.arguments("coordinator"))
+    assert {"--kv-tokens=1048576", "--quantize=int8", "--dtype=f32"} <= set(rendered.arguments("coordinator"))
+    assert wanted_shards(rendered) == 3
     resources = rendered.pod("worker")["containers"][0]["resources"]
     assert (
         resources["requests"]["memory"]
@@ -59,6 +69,32 @@ def test_memory_is_that_of_the_largest_slice_its_kv_and_the_program(script: Modu
     asked = int(values["worker"]["resources"]["limits"]["memory"].removesuffix("Mi")) * MIB
     assert 0 <= asked - (largest + script.WORKER_MIB * MIB) < 64 * MIB
     assert values["allowUneven"] is True
+
+
+def test_workers_get_room_for_two_plans_at_once(
+    script: ModuleType, checkpoint: Path, outline: dict[str, Any], tmp_path: Path
+) -> None:
+    def asked(*words: str) -> tuple[int, int]:
+        done = CliRunner().invoke(script.main, ["--kv-tokens=5000000", *words], input=json.dumps(outline))
+        assert done.exit_code == 0, done.output
+        values = yaml.safe_load(done.stdout)
+        return values["shards"], int(values["worker"]["resources"]["limits"]["memory"].removesuffix("Mi")) * MIB
+
+    two = outline_of(checkpoint, 2)
+    (tmp_path / "two.json").write_text(json.dumps(two))
+    largest = max(shard["weight_bytes"] + 5_000_000 * shard["kv_bytes_per_token"] for shard in two["shards"])
+    (shards, alone), (shards_of_both, both) = asked(), asked(f"--beside={tmp_path / 'two.json'}")
+    assert shards == shards_of_both == 3
+    assert abs(both - alone - largest) < 64 * MIB < largest
+
+
+def test_two_plans_of_different_weights_are_refused(
+    script: ModuleType, checkpoint: Path, outline: dict[str, Any], tmp_path: Path
+) -> None:
+    (tmp_path / "plain.json").write_text(json.dumps(outline_of(checkpoint, 2, "none")))
+    done = CliRunner().invoke(script.main, ["--beside", str(tmp_path / "plain.json")], input=json.dumps(outline))
+    assert done.exit_code != 0
+    assert done.stderr == "Error: both plans must have the same model, dtype, quantization: only shards may be others\n"
 
 
 @pytest.mark.parametrize("text", ["", "[]", "{}", '{"shards": []}', "not JSON"])

@@ -62,6 +62,9 @@ labels:
   {{- include "shardmesh.labels" (list $root (index . 1)) | nindent 2 }}
 {{- end -}}
 
+{{/* Where pods listen: on all addresses of a family. */}}
+{{- define "shardmesh.anyAddress" -}}{{ ternary "[::]" "0.0.0.0" .Values.ipv6 }}{{- end -}}
+
 {{/* Ports inside the pods. The callers' Service has a port of its own, coordinator.service.port. */}}
 {{- define "shardmesh.port.callers" -}}7000{{- end -}}
 {{- define "shardmesh.port.rounds" -}}7001{{- end -}}
