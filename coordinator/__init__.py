@@ -5,7 +5,8 @@ access, api_keys    who gets in: certificates shown and trusted, callers' keys (
 client, channel     a caller; a connection that follows its certificates
 embedded, private_mesh
                     a mesh for the lifetime of one command
-app, supervisor     builds, starts, drains, stops; keeps a full mesh, and recovers it (canary, recovery)
+app, supervisor     builds, starts, drains, stops; keeps a full mesh, and recovers it (proof, canary, recovery)
+mesh, resharding    a mesh and how one is built; the next one, of another number of shards, beside the one that serves
 discovery/, attempts
                     which workers there are, who may hand out plans; trying until there is a mesh
 service, intake     the Generation service: message <-> request
@@ -22,6 +23,9 @@ sampler             scores -> token (pure)
 workers/            clients of the workers, assignment, loading, and sending them weights
 rounds, bench/      what each round cost; benchmarks and timelines made of that
 observer, metrics   what the engine tells, and what is remembered of it (tally: of rounds; heat: of experts)
-exposition          all that Prometheus is told (trace_context: log lines carry the caller's trace)
+telemetry           which of both is asked for: metrics, traces
+exposition          all that Prometheus is told
+spans, tracing      OpenTelemetry: request > step > round, and where they are sent (trace_context: the caller's trace;
+                    span_attributes: what spans say)
 models/, planning/  config.json and headers -> spec -> slices -> shard plans (pure)
 """

@@ -5,11 +5,14 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from coordinator.api_keys import ApiKeys
+from coordinator.api_keys import FOR_OPERATORS, ApiKeys
 from protos import tls
+from protos.errors import Forbidden
 from protos.interceptors import Guard, admit_all
 
 if TYPE_CHECKING:
+    from contextlib import AbstractContextManager
+
     import grpc
 
     from coordinator.config import ServeSettings
@@ -49,4 +52,19 @@ def open_access(settings: ServeSettings) -> Access:
             shown = Certificates(security.caller_tls, needs=needs)
         if shown and not settings.listen.startswith("unix:"):
             listener = tls.server_credentials(shown, require_client=security.require_caller_certificate)
-    return Access(certificates, listener, ApiKeys(security.api_keys) if security.api_keys else admit_all)
+    return Access(certificates, listener, _guard(settings))
+
+
+def _guard(settings: ServeSettings) -> Guard:
+    if settings.security.api_keys:
+        return ApiKeys(settings.security.api_keys)
+    # A socket file has one user, and --insecure allows what would be refused.
+    closed = settings.security.require_caller_certificate and not settings.insecure
+    return admit_callers if closed else admit_all
+
+
+def admit_callers(method: str, context: grpc.aio.ServicerContext) -> AbstractContextManager[None]:
+    """Guard of a server that asks for certificates alone: they say who may call, not who is an operator."""
+    if method == FOR_OPERATORS:
+        raise Forbidden(f"{method} is for operators, whom certificates do not tell from callers: start with --api-keys FILE")
+    return admit_all(method, context)

@@ -1,9 +1,10 @@
-"""Who may call: API keys, of which only hashes are kept, and how many calls each may have under way.
+"""Who may call: API keys, of which only hashes are kept, how many calls each may have under way, and which may change the mesh.
 
 The file has a line for each key, read again whenever the file changes:
 
-    # name  SHA-256 of the key in hex  most Generate calls at once, or - for no limit
+    # name  SHA-256 of the key in hex  most Generate calls at once, or - for no limit  operator, or nothing
     alice   4f3c...                    4
+    olga    93ab...                    -                                               operator
 
 Names are of letters, digits, dot, dash and underscore; empty lines and lines that begin with # say nothing. A key is random
 and of 256 bits, hence one plain hash keeps it.
@@ -23,7 +24,7 @@ from typing import TYPE_CHECKING
 
 import structlog
 
-from protos.errors import InvalidArgument, TooManyCalls, Unauthenticated
+from protos.errors import Forbidden, InvalidArgument, TooManyCalls, Unauthenticated
 from protos.watched import WatchedFiles
 
 if TYPE_CHECKING:
@@ -36,7 +37,12 @@ KEY_BYTES = 32
 PREFIX = "shardmesh_"
 """Of every key: programs that look for lost secrets find it by that."""
 
-_LINE = re.compile(r"(?P<name>[A-Za-z0-9._-]{1,64})\s+(?P<digest>[0-9a-fA-F]{64})\s+(?P<max_calls>-|[1-9][0-9]{0,5})")
+FOR_OPERATORS = "/shardmesh.v1.Generation/Reshard"
+"""What changes the mesh for all callers."""
+
+_LINE = re.compile(
+    r"(?P<name>[A-Za-z0-9._-]{1,64})\s+(?P<digest>[0-9a-fA-F]{64})\s+(?P<max_calls>-|[1-9][0-9]{0,5})(?P<operator>\s+operator)?"
+)
 _NAME = re.compile(r"[A-Za-z0-9._-]{1,64}")
 _OPEN = "/grpc.health.v1.Health/"
 _LIMITED = "/shardmesh.v1.Generation/Generate"
@@ -50,6 +56,7 @@ class ApiKey:
     name: str
     digest: bytes
     max_calls: int | None
+    is_operator: bool = False
 
 
 class ApiKeys:
@@ -73,6 +80,7 @@ class ApiKeys:
 
         Raises:
             Unauthenticated: no key, or one that is not in the file.
+            Forbidden: the call is for operators, and the key is not one of theirs.
             TooManyCalls: as many Generate calls are under way as the key allows.
 
         """
@@ -82,6 +90,10 @@ class ApiKeys:
         key = self._find(_shown_key(context))
         # Each call has a context of its own, which ends with it.
         structlog.contextvars.bind_contextvars(caller=key.name)
+        if method == FOR_OPERATORS and not key.is_operator:
+            raise Forbidden(
+                f"{method} needs an operator's API key, found that of {key.name}: make one with coordctl api-key --operator"
+            )
         if method != _LIMITED:
             yield
             return
@@ -124,17 +136,28 @@ def read_keys(path: Path) -> tuple[ApiKey, ...]:
             continue
         match = _LINE.fullmatch(line.strip())
         if not match:
-            raise InvalidArgument(f"API keys {path}: line {number} is not NAME SHA256 LIMIT, LIMIT a number >= 1 or -")
+            raise InvalidArgument(f"API keys {path}: line {number} is not NAME SHA256 LIMIT [operator], LIMIT a number >= 1 or -")
         limit = match["max_calls"]
-        key = ApiKey(match["name"], bytes.fromhex(match["digest"]), None if limit == "-" else int(limit))
+        key = ApiKey(
+            name=match["name"],
+            digest=bytes.fromhex(match["digest"]),
+            max_calls=None if limit == "-" else int(limit),
+            is_operator=match["operator"] is not None,
+        )
         if any(key.name == other.name or key.digest == other.digest for other in keys):
             raise InvalidArgument(f"API keys {path}: line {number} has the name or the key of an earlier line")
         keys.append(key)
     return tuple(keys)
 
 
-def add_key(path: Path, name: str, max_calls: int | None) -> str:
+def add_key(path: Path, name: str, max_calls: int | None, *, is_operator: bool = False) -> str:
     """Make a key, append its line to the file (mode 0600), return it: nobody else will ever show it.
+
+    Args:
+        path: of the file.
+        name: of whoever gets the key.
+        max_calls: most Generate calls at once; None: no limit.
+        is_operator: whether the key may change the mesh.
 
     Raises:
         InvalidArgument: the name cannot be one, or is there already; the file is broken or cannot be written.
@@ -145,7 +168,7 @@ def add_key(path: Path, name: str, max_calls: int | None) -> str:
     if path.exists() and any(key.name == name for key in read_keys(path)):
         raise InvalidArgument(f"API keys {path}: {name} has a key already; remove its line or take another name")
     key = PREFIX + secrets.token_urlsafe(KEY_BYTES)
-    line = f"{name} {hashlib.sha256(key.encode()).hexdigest()} {max_calls or '-'}\n"
+    line = f"{name} {hashlib.sha256(key.encode()).hexdigest()} {max_calls or '-'}{' operator' if is_operator else ''}\n"
     try:
         ends_in_line = not path.exists() or not path.stat().st_size or path.read_bytes().endswith(b"\n")
         descriptor = os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o600)

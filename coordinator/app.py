@@ -16,13 +16,16 @@ from coordinator.attempts import heals_by_itself, until_mesh
 from coordinator.config import WIRES
 from coordinator.discovery.neighbours import Neighbours
 from coordinator.engine import Engine
-from coordinator.planning.capacity import check_rows, kv_pages
+from coordinator.mesh import MeshBuilder
+from coordinator.planning.capacity import check_rows
 from coordinator.planning.placement import default_shards
+from coordinator.proof import Prover
 from coordinator.recovery import Recoveries
-from coordinator.scheduler import Limits
+from coordinator.resharding import Resharding
 from coordinator.service import GenerationService
 from coordinator.status import MeshStatus
 from coordinator.supervisor import Supervisor
+from coordinator.telemetry import Telemetry
 from coordinator.workers.pool import WorkerPool
 from coordinator.workers.warming import SpareWarmer
 from protos import generation_pb2, generation_pb2_grpc, rpc
@@ -34,20 +37,15 @@ from protos.tensors import num_bytes
 
 if TYPE_CHECKING:
     from collections.abc import Callable
-    from pathlib import Path
 
     from coordinator.config import ServeSettings
-    from coordinator.exposition import Exporter
-    from coordinator.fanout import Fanout
-    from coordinator.planning.plan import MeshPlan
+    from coordinator.discovery.interfaces import PlanLease
+    from coordinator.mesh import Mesh
     from coordinator.rounds import RoundObserver
     from coordinator.served_model import ServedModel
     from coordinator.workers.loading import LoadEvent
 
 log = structlog.get_logger(__name__)
-
-PAGE_TOKENS = 16
-"""Tokens of a KV page: small enough to waste little on short sequences."""
 
 FAREWELL_S = 2.0
 """Longest that ended streams may take to hear of it, seconds."""
@@ -80,19 +78,13 @@ class Coordinator:
             options=rpc.server_options(max_send_bytes=rpc.MAX_CALLER_BYTES, max_receive_bytes=rpc.MAX_CALLER_BYTES),
         )
         self._health = health.aio.HealthServicer()
-        self._exporter: Exporter | None = None
-        if settings.metrics_listen:
-            # Who serves no metrics does not wait for their library.
-            from coordinator.exposition import Exporter  # noqa: PLC0415
-
-            self._exporter = Exporter(model, lambda: self._status)
-            observer = observer or self._exporter.metrics.round_answered
+        self._telemetry = Telemetry(settings, model, lambda: self._status, observer)
         self._neighbours = neighbours or Neighbours.open(settings.discovery.discover, settings.discovery.lease)
         self._pool = WorkerPool(
             settings.workers,
             round_timeout_s=settings.round_timeout_s,
             lease_s=rpc.lease_s(settings.round_timeout_s, settings.max_rows),
-            observer=observer,
+            observer=self._telemetry.rounds,
             certificates=self._access.certificates,
             lease=self._neighbours.lease,
             supplies=settings.weights == "stream",
@@ -103,6 +95,7 @@ class Coordinator:
         self._serving: asyncio.Task[None] | None = None
         self._warmer = SpareWarmer(self._pool)
         self._looking: asyncio.Task[None] | None = None
+        self._following: asyncio.Task[None] | None = None
 
     @classmethod
     async def start(
@@ -137,11 +130,11 @@ class Coordinator:
     @property
     def metrics_url(self) -> str | None:
         """Where metrics are served; None if they are not."""
-        return self._exporter.url if self._exporter else None
+        return self._telemetry.metrics_url
 
     async def wait(self) -> None:
         """Serve until something unforeseen breaks, and raise that; cancelling it stops nothing."""
-        tasks = [task for task in (self._serving, self._looking) if task]
+        tasks = [task for task in (self._serving, self._looking, self._following) if task]
         while running := [task for task in tasks if not task.done()]:
             for task in (await asyncio.wait(running, return_when=asyncio.FIRST_COMPLETED))[0]:
                 task.result()
@@ -159,6 +152,8 @@ class Coordinator:
             engine.fail(engine.refusal)
             self._serving.cancel()
             await asyncio.wait([self._serving])
+        if self._following:
+            self._following.cancel()
         self._warmer.stop()
         await leaving
         # A little more, so that every stream gets its terminal status.
@@ -169,8 +164,7 @@ class Coordinator:
         if self._probes:
             await self._probes.stop()
             self._probes = None
-        if self._exporter:
-            await self._exporter.stop()
+        await self._telemetry.stop()
         await self._pool.close()
 
     async def _leave(self) -> None:
@@ -186,78 +180,73 @@ class Coordinator:
         settings = self.settings
         self.address = await bind(self._server, settings.listen, self._access.listener)
         self._bound = True
-        if self._exporter and settings.metrics_listen:
-            await self._exporter.listen(settings.metrics_listen)
+        await self._telemetry.listen()
         self._looking = asyncio.create_task(self._neighbours.run(self._pool.follow))
         check_rows(settings.max_rows, self.model.spec.hidden, num_bytes(WIRES[settings.model.wire], (1, self.model.spec.hidden)))
-        plan = await asyncio.to_thread(self.model.plan, self._choose_shards(), PAGE_TOKENS)
-        metrics = self._exporter.metrics if self._exporter else None
+        builder = MeshBuilder(self._pool, self.model, settings, self._on_progress)
         # Pages are counted when the workers have said how much memory they have.
-        engine = Engine(self._limits(num_pages=1), self.model.spec.vocabulary, self.model.spec.context, metrics)
+        observer = self._telemetry.observer
+        engine = Engine(builder.limits(num_pages=1), self.model.spec.vocabulary, self.model.spec.context, observer)
         engine.refusal = NotServing("the workers are loading")
-        recoveries = Recoveries()
-        self._status = MeshStatus(self._pool, plan, engine, recoveries, metrics=metrics)
+        recoveries = Recoveries(on_end=observer.recovery_ended)
+        plan = await builder.plan(await self._choose_shards())
+        prover = Prover(engine, builder)
+        resharding = Resharding(engine, builder, prover, self._neighbours.lease, present=plan, wanted=plan)
+        self._status = MeshStatus(self._pool, resharding, engine, recoveries, metrics=self._telemetry.metrics)
         await self._listen()
         supervisor = Supervisor(
             engine=engine,
-            spec=self.model.spec,
-            resident=await asyncio.to_thread(self.model.resident),
-            wire=WIRES[settings.model.wire],
-            shard_vocabularies=tuple(shard.vocabulary.end - shard.vocabulary.start for shard in plan.shards),
-            assemble=self._assemble,
-            wait_changed=self._wait_changed,
-            blame=self._pool.blame,
+            builder=builder,
+            prover=prover,
+            resharding=resharding,
             on_serving=self._note_serving,
             recovery_s=settings.recovery_s,
             recoveries=recoveries,
         )
         await self._neighbours.wait_answered(ANSWER_S)
-        fanout = await until_mesh(
-            lambda: self._make_first(supervisor, plan),
+        mesh = await until_mesh(
+            supervisor.start,
             self._wait_changed,
             timeout_s=settings.discovery.startup_s,
             heals=lambda error: self._is_shared or heals_by_itself(error),
         )
         engine.refusal = None
-        self._serving = asyncio.create_task(supervisor.run(fanout))
+        self._serving = asyncio.create_task(supervisor.run(mesh))
+        self._following = asyncio.create_task(resharding.follow())
 
     @property
     def _is_shared(self) -> bool:
         """Whether others than who started this coordinator may change the workers."""
         return bool(self._neighbours.source or self._neighbours.lease)
 
-    def _choose_shards(self) -> int:
-        if self.settings.shards:
-            return self.settings.shards
+    async def _choose_shards(self) -> int:
+        settings, lease = self.settings, self._neighbours.lease
+        if settings.shards:
+            return settings.shards
+        if lease:
+            with contextlib.suppress(TimeoutError):
+                async with asyncio.timeout(settings.discovery.startup_s):
+                    return await self._shards_of(lease)
+            raise NotServing(f"Lease {lease.name} does not say how many shards are wanted: annotate it, or give --shards")
         # Not of those that answer by now: the mesh would be as large as who started first allows.
         return default_shards(len(self.settings.workers), self.model.spec)
+
+    async def _shards_of(self, lease: PlanLease) -> int:
+        """Wait until the lease says how many shards are wanted."""
+        log.info("waiting for the lease to say how many shards are wanted", lease=lease.name)
+        while (shards := await lease.wait_shards(None)) is None:
+            pass
+        return shards
 
     async def _wait_changed(self, timeout_s: float) -> None:
         if self._looking and self._looking.done():
             self._looking.result()
         await self._pool.wait_changed(timeout_s)
 
-    async def _make_first(self, supervisor: Supervisor, plan: MeshPlan) -> Fanout:
-        survey = await self._pool.survey(wait_for_ready=True)
-        self._pool.require(survey, len(plan.shards))
-        num_pages = kv_pages(plan, survey.reports, PAGE_TOKENS, self.settings.kv_tokens)
-        supervisor.engine.resize(self._limits(num_pages))
-        return await supervisor.start()
-
-    def _limits(self, num_pages: int) -> Limits:
-        settings = self.settings
-        return Limits(
-            num_pages=num_pages,
-            page_tokens=PAGE_TOKENS,
-            max_rows=settings.max_rows,
-            max_running=settings.max_running,
-            max_waiting=settings.max_waiting,
-        )
-
     async def _listen(self) -> None:
         if self._status is None:
             raise ValueError("listening before the status exists")
-        service = GenerationService(self.model, self._status.engine, self._status)
+        service = GenerationService(self.model, self._status.engine, self._status, self._status.resharding.ask)
         generation_pb2_grpc.add_GenerationServicer_to_server(service, self._server)
         health_pb2_grpc.add_HealthServicer_to_server(self._health, self._server)
         reflection.enable_server_reflection((SERVICE, health.SERVICE_NAME, reflection.SERVICE_NAME), self._server)
@@ -267,24 +256,14 @@ class Coordinator:
             self._probes = await listen_for_probes(self.settings.health_listen, self._health)
         await self._server.start()
 
-    async def _assemble(self) -> Fanout:
-        if self._status is None:
-            raise ValueError("a mesh before its plan")
-        num_pages = self._status.engine.scheduler.limits.num_pages
-        return await self._pool.assemble(self._status.plan, self._directory, num_pages, self._on_progress)
-
-    @property
-    def _directory(self) -> Path | None:
-        return None if self.model.checkpoint is None else self.model.directory
-
-    async def _note_serving(self, fanout: Fanout | None) -> None:
+    async def _note_serving(self, mesh: Mesh | None) -> None:
         if self._status is None:
             raise ValueError("a mesh that serves before its plan")
-        self._status.fanout = fanout
-        state = health_pb2.HealthCheckResponse.SERVING if fanout else health_pb2.HealthCheckResponse.NOT_SERVING
+        fanout = self._status.fanout = mesh.fanout if mesh else None
+        state = health_pb2.HealthCheckResponse.SERVING if mesh else health_pb2.HealthCheckResponse.NOT_SERVING
         await self._health.set(SERVICE, state)
-        if fanout:
-            num_pages = self._status.engine.scheduler.limits.num_pages
+        if mesh and fanout:
+            num_pages = mesh.blueprint.limits.num_pages
             log.info("mesh serves", epoch=fanout.epoch, workers=fanout.addresses, kv_pages=num_pages)
-            if self.settings.warm_spares and self._directory:
-                self._warmer.start(self._status.plan, self._directory, fanout)
+            if self.settings.warm_spares and self.model.files:
+                self._warmer.start(mesh.blueprint.plan, self.model.files, fanout)

@@ -13,6 +13,7 @@ COMMANDS = {
     "serve": "Serve a model on workers that run already.",
     "plan": "Show who holds what and how much memory that takes.",
     "status": "Show workers, epoch, plan, load and health of a mesh.",
+    "reshard": "Cut a mesh into another number of shards while it serves.",
     "top": "Show a mesh at work, renewed every second.",
     "bench": "Measure a private mesh: tokens per second, and where their time goes.",
     "profile": "Write a timeline of some tokens, for Perfetto.",

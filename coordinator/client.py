@@ -17,6 +17,7 @@ from protos.generation_pb2 import (
     GetMeshResponse,
     GetModelRequest,
     GetModelResponse,
+    ReshardRequest,
 )
 from protos.generation_pb2_grpc import GenerationStub
 
@@ -102,9 +103,21 @@ class GenerationClient:
             raise self._error(error) from None
         return response
 
+    async def reshard(self, num_shards: int) -> None:
+        """Ask for another number of shards; `mesh` tells how far that is.
+
+        Raises:
+            MeshError: as above; that the model cannot be cut into so many; that the API key is not an operator's.
+
+        """
+        try:
+            await self._stub.Reshard(ReshardRequest(num_shards=num_shards), timeout=CALL_DEADLINE_S, metadata=self._metadata)
+        except grpc.aio.AioRpcError as error:
+            raise self._error(error) from None
+
     def _error(self, error: grpc.aio.AioRpcError) -> MeshError:
         if error.code() is grpc.StatusCode.UNIMPLEMENTED:
-            return MeshError(f"{self._peer} does not offer shardmesh.v1.Generation: is it a coordinator?")
+            return MeshError(f"{self._peer} does not offer shardmesh.v1.Generation: is it a coordinator, and of this version?")
         if error.code() is grpc.StatusCode.UNAVAILABLE and (reason := self._channel.explain(error)):
             return WorkerLost(f"{self._peer}: {reason}")
         translated = from_rpc_error(error, self._peer)

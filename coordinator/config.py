@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
+from urllib.parse import urlsplit
 
 from coordinator.discovery.target import read_lease, read_target
 from protos import rpc
@@ -85,6 +86,8 @@ class ServeSettings:
     """A second address, for health alone and in plaintext."""
     metrics_listen: str | None = None
     """HOST:PORT of plain HTTP for Prometheus; None: nothing is recorded for it."""
+    trace_to: str | None = None
+    """http://HOST:PORT or https://HOST:PORT of an OpenTelemetry collector; None: no traces are made."""
     shards: int | None = None
     """None: the largest power of two that the workers allow."""
     kv_tokens: int | None = None
@@ -127,8 +130,10 @@ class ServeSettings:
             read_target(self.discovery.discover)
             if self.workers:
                 raise InvalidArgument("workers are listed and to be discovered: give --workers or --discover, not both")
-            if not self.shards:
-                raise InvalidArgument("--discover needs --shards: how many workers there will be is not known before")
+            if not self.shards and not self.discovery.lease:
+                raise InvalidArgument(
+                    "--discover needs --shards, or a --lease that says it: how many workers there will be is not known before"
+                )
             if not tls and not self.insecure:
                 raise InvalidArgument("workers that are discovered are reached by TCP: give --tls DIR, or say --insecure")
             return
@@ -149,6 +154,8 @@ class ServeSettings:
             rpc.check_address(self.health_listen, insecure=True)
         if self.metrics_listen:
             rpc.check_metrics_address(self.metrics_listen)
+        if self.trace_to:
+            _check_collector(self.trace_to)
         is_socket_file = self.listen.startswith("unix:")
         if is_socket_file and (security.caller_tls or security.require_caller_certificate):
             raise InvalidArgument(
@@ -163,3 +170,15 @@ class ServeSettings:
                 f"--listen {self.listen} would let in everybody: give --api-keys FILE or --require-caller-certificate, "
                 "or say --insecure to allow that"
             )
+
+
+def _check_collector(url: str) -> None:
+    try:
+        parts = urlsplit(url)
+        is_sound = parts.scheme in {"http", "https"} and parts.hostname and parts.port and parts.path in {"", "/"}
+    except ValueError:
+        is_sound = False
+    if not is_sound or parts.username or parts.query or parts.fragment:
+        raise InvalidArgument(
+            f"--trace-to (or OTEL_EXPORTER_OTLP_ENDPOINT) takes http://HOST:PORT, or https://HOST:PORT for TLS, found {url!r}"
+        )

@@ -18,6 +18,7 @@ from coordinator.canary import Canary
 from coordinator.completion import Completion
 from coordinator.microbatches import LIMIT
 from coordinator.observer import Observer
+from coordinator.pages import PagePool
 from coordinator.request import FinishReason, check_against_model
 from coordinator.scheduler import Limits, Scheduler, Step
 from coordinator.sequence import Sequence, SequenceId
@@ -82,18 +83,21 @@ class Engine:
         self._last_number = 0
         self._step: Step | None = None
 
-    def resize(self, limits: Limits) -> None:
-        """Take the limits of the mesh that is to come, while requests are refused.
+    def move(self, limits: Limits, left: SequenceId) -> None:
+        """Go on with a mesh that has proven itself, on which no request has begun yet.
+
+        Args:
+            limits: what it was sized for.
+            left: see `prove_next`.
 
         Raises:
-            ValueError: requests are there that were sized by the former limits.
+            ValueError: requests run on another mesh: they have to be interrupted first.
 
         """
-        if self._completions:
-            raise ValueError("an engine with requests cannot be resized")
-        self.scheduler = Scheduler(limits)
+        self.scheduler.resize(limits)
+        self.scheduler.drop_kv(left)
         self.max_tokens = min(self._context, limits.kv_tokens)
-        self._canary = Canary(self._vocabulary, self.max_tokens, self._next_id)
+        self.proven_ns = time.monotonic_ns()
 
     @contextlib.contextmanager
     def arrive(self) -> Iterator[None]:
@@ -130,20 +134,23 @@ class Engine:
             self.scheduler.add(sequence)
         completion = self._completions[sequence.id] = Completion(sequence, self.drop)
         self.statistics.prompt_tokens += len(request.prompt)
+        self._observer.request_taken(completion)
         self._work.set()
         self._idle.clear()
         return completion
 
-    async def prove(self, forward: Forward, head: Head) -> None:
-        """Send the canary through a mesh on which no step is under way.
+    async def prove_next(self, forward: Forward, head: Head, limits: Limits) -> SequenceId:
+        """Send the canary through a mesh on which no step has been done, while steps may go on elsewhere.
+
+        Returns:
+            The sequence of which its workers hold keys and values now.
 
         Raises:
             MeshError: it did not come back, or not right.
 
         """
-        left = await self._canary.check(forward, head, self._next_number, self.scheduler.pool, self.scheduler.take_released())
-        self.scheduler.drop_kv(left)
-        self.proven_ns = time.monotonic_ns()
+        pool = PagePool(limits.num_pages, limits.page_tokens)
+        return await self._canary.check(forward, head, self._next_number, pool, released=())
 
     async def run(self, forward: Forward, head: Head) -> None:
         """Do steps for ever, and the canary's while there is nothing else to do.
@@ -160,7 +167,7 @@ class Engine:
                     async with asyncio.timeout(rpc.CANARY_S):
                         await self._work.wait()
                 except TimeoutError:
-                    await self.prove(forward, head)
+                    await self._prove(forward, head)
                 continue
             self._step, self.step_started_ns = step, time.monotonic_ns()
             number = self._next_number()
@@ -174,15 +181,15 @@ class Engine:
             self._step, self.step_started_ns = None, 0
             self._observer.step_ended()
 
-    def interrupt(self, error: MeshError, when_resumed: Callable[[], None]) -> None:
-        """Note that the mesh broke: all that ran is replayed on the next one, but for a request that broke mesh after mesh.
+    def interrupt(self, error: MeshError | None, when_resumed: Callable[[], None]) -> None:
+        """Note that the mesh is gone: all that ran is replayed on the next one, but for a request that broke mesh after mesh.
 
         Args:
-            error: that ends such a request.
-            when_resumed: called when every request that is replayed has its next token, or its end; not if there is none.
+            error: that ends such a request; None: the mesh is not broken, another one takes its place.
+            when_resumed: called when every request that is replayed has its next token, or its end; at once if there is none.
 
         """
-        if self._step:
+        if self._step and error:
             for guilty in self.scheduler.strike(self._step):
                 if completion := self._completions.get(guilty.id):
                     log.error("request ended: it broke mesh after mesh", request_id=guilty.request.request_id, error=str(error))
@@ -190,7 +197,10 @@ class Engine:
         self._step, self.step_started_ns = None, 0
         # Those that an earlier mesh interrupted wait still, or again.
         self._interrupted |= {sequence.id for sequence in self.scheduler.running}
+        self._observer.requests_interrupted(self._interrupted)
         self._when_resumed = when_resumed
+        if not self._interrupted:
+            when_resumed()
         self.scheduler.rewind()
 
     async def wait_idle(self) -> None:
@@ -222,6 +232,12 @@ class Engine:
     def _check_refusal(self) -> None:
         if self.refusal:
             raise self.refusal.with_traceback(None)
+
+    async def _prove(self, forward: Forward, head: Head) -> None:
+        """Send the canary through the mesh while it is idle."""
+        left = await self._canary.check(forward, head, self._next_number, self.scheduler.pool, self.scheduler.take_released())
+        self.scheduler.drop_kv(left)
+        self.proven_ns = time.monotonic_ns()
 
     def _next_id(self) -> SequenceId:
         self._last_id += 1

@@ -126,9 +126,13 @@ def _mesh(mesh: GetMeshResponse) -> Iterator[Metric]:
     yield _single(_GAUGE, "serving", "1 while a full mesh serves.", mesh.serving)
     yield _single(_GAUGE, "epoch", "Of this coordinator's sessions, rising with every mesh; 0 while none serves.", mesh.epoch)
     yield _single(_GAUGE, "shards", "Workers that the mesh is made of.", mesh.num_shards)
+    text = "Workers that it shall be made of: not as many as it is while it is cut anew."
+    yield _single(_GAUGE, "wanted_shards", text, mesh.wanted_shards)
     text = "Since a token, a caller's or the canary's, came through all shards."
     yield _single(_GAUGE, "canary_age_seconds", text, mesh.proven_ago_ns / _S)
     yield _single(_COUNTER, "recoveries", "Meshes that took the place of a broken one.", mesh.recovery.recoveries)
+    text = "Meshes of another number of shards that took the place of one."
+    yield _single(_COUNTER, "reshards", text, mesh.recovery.reshards)
     reachable = [worker for worker in mesh.workers if worker.reachable]
     yield _single(_GAUGE, "workers", "Workers known, spares and unreachable ones included.", len(mesh.workers))
     yield _single(_GAUGE, "workers_reachable", "Workers that answer.", len(reachable))

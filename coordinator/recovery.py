@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections import Counter
+from collections.abc import Callable
 from dataclasses import dataclass, field
 
 import structlog
@@ -16,10 +17,10 @@ PARTS = ("detect", "assemble", "canary", "replay")
 
 @dataclass(slots=True)
 class Recovery:
-    """From the failure of one mesh to the callers' next tokens on another; times in nanoseconds."""
+    """From the end of one mesh to the callers' next tokens on another; times in nanoseconds."""
 
     failure: str
-    """What broke the mesh, for people."""
+    """What broke the mesh, for people; empty if it was cut anew."""
     obstacle: str = ""
     """Why there was no other mesh at the latest attempt that failed; empty if none did."""
     detect_ns: int = 0
@@ -31,18 +32,33 @@ class Recovery:
     replay_ns: int = 0
     """Until every interrupted request had its next token, or its end; 0 until then, or if there was none."""
 
-    _whole_ns: int = 0
+    broken_ns: int = field(default_factory=time.monotonic_ns)
+    """When the mesh was found broken, `time.monotonic_ns`."""
+    whole_ns: int = 0
+    """When another mesh served, `time.monotonic_ns`; 0 until then."""
+    on_end: Callable[[], None] = lambda: None
+    """Called once, when another mesh serves and no interrupted request waits for its next token."""
+    _resumed: bool = False
 
     def note_whole(self) -> None:
         """Take note that another mesh serves."""
-        self._whole_ns = time.monotonic_ns()
+        self.whole_ns = time.monotonic_ns()
+        if self._resumed:
+            self.end()
 
     def note_resumed(self) -> None:
-        """Take note that the last of the interrupted requests goes on, or has ended."""
+        """Take note that the last of the interrupted requests goes on, or has ended, or that there was none."""
+        self._resumed = True
         # They may all end before there is another mesh.
-        if self._whole_ns:
-            self.replay_ns = time.monotonic_ns() - self._whole_ns
+        if self.whole_ns:
+            self.replay_ns = time.monotonic_ns() - self.whole_ns
             log.info("all requests go on", replay_ms=self.replay_ns // 1_000_000, stall_ms=self.stall_ns // 1_000_000)
+            self.end()
+
+    def end(self) -> None:
+        """Tell that nothing of it will change any more. Idempotent."""
+        on_end, self.on_end = self.on_end, lambda: None
+        on_end()
 
     @property
     def stall_ns(self) -> int:
@@ -62,8 +78,12 @@ class Recoveries:
     """Meshes that broke, by the reason of the error."""
     count: int = 0
     """Meshes that took the place of a broken one."""
+    reshards: int = 0
+    """Meshes of another number of shards that took the place of one."""
     latest: Recovery | None = None
-    """None before the first failure."""
+    """None before the first."""
+    on_end: Callable[[str, Recovery], None] = lambda _reason, _recovery: None
+    """Told of each that is over, with the reason of the error that broke the mesh; empty if it was cut anew."""
     _earlier: Counter[str] = field(default_factory=Counter)
 
     def begin(self, reason: str, recovery: Recovery) -> None:
@@ -74,8 +94,19 @@ class Recoveries:
             recovery: without the times that will come.
 
         """
-        self._earlier.update(self.latest.parts() if self.latest else {})
         self.failures[reason] += 1
+        self._begin(reason, recovery)
+
+    def begin_change(self, recovery: Recovery) -> None:
+        """Begin the change to a mesh of another number of shards; `recovery` has no times yet."""
+        self._begin("", recovery)
+
+    def _begin(self, reason: str, recovery: Recovery) -> None:
+        if self.latest:
+            # Its replays are cut short, if they are under way still: the next mesh is to end them.
+            self.latest.end()
+            self._earlier.update(self.latest.parts())
+        recovery.on_end = lambda: self.on_end(reason, recovery)
         self.latest = recovery
 
     def parts(self) -> dict[str, int]:

@@ -58,3 +58,12 @@ class Round(NamedTuple):
 
 
 RoundObserver = Callable[[Round], None]
+
+
+class RoundObservers(list[RoundObserver]):
+    """Whoever wants to hear of rounds at present; false while nobody does, and then no record is made of them."""
+
+    def __call__(self, one: Round) -> None:
+        """Tell all of them."""
+        for observer in self:
+            observer(one)

@@ -200,6 +200,25 @@ class Scheduler:
             self.waiting.appendleft(sequence)
         self.running.clear()
 
+    def resize(self, limits: Limits) -> None:
+        """Take what another mesh was sized for, whose workers hold nothing of any sequence.
+
+        Raises:
+            ValueError: sequences are running: `rewind` first.
+
+        """
+        if self.running:
+            raise ValueError(f"{len(self.running)} sequences have pages of another mesh")
+        self.limits = limits
+        self.pool = PagePool(limits.num_pages, limits.page_tokens)
+        self._released = []
+
+    @property
+    def needed_tokens(self) -> int:
+        """KV cache that the longest of all sequences may come to need, tokens; 0 without any."""
+        every = (*self.running, *self.waiting)
+        return max((len(sequence.request.prompt) + sequence.request.max_tokens for sequence in every), default=0)
+
     def _acquit(self, sequence: Sequence) -> None:
         if sequence.strikes:
             sequence.strikes = 0

@@ -39,6 +39,11 @@ class ServedModel:
     dtype: DType
     """The one asked for, or else the model's own."""
 
+    @property
+    def files(self) -> Path | None:
+        """Folder of the weights' files; None with random weights."""
+        return None if self.checkpoint is None else self.directory
+
     @classmethod
     def open(cls, settings: ModelSettings) -> Self:
         """Read config, headers and tokenizer.

@@ -15,10 +15,10 @@ from coordinator.request import FinishReason, Request
 from coordinator.text.stop_texts import StopTexts
 from coordinator.trace_context import bind_trace
 from protos import generation_pb2, generation_pb2_grpc
-from protos.errors import MeshError, NotServing
+from protos.errors import InvalidArgument, MeshError, NotServing
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncIterator, Sequence
+    from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 
     import grpc
 
@@ -43,6 +43,8 @@ class GenerationService(generation_pb2_grpc.GenerationServicer):
     model: ServedModel
     engine: Engine
     status: MeshStatus
+    reshard: Callable[[int], Awaitable[None]]
+    """Asks for so many shards, >= 1; raises InvalidArgument or TopologyError if the model or the settings do not allow them."""
 
     async def Generate(  # noqa: N802  # named by the proto
         self, message: generation_pb2.GenerateRequest, context: grpc.aio.ServicerContext
@@ -115,6 +117,18 @@ class GenerationService(generation_pb2_grpc.GenerationServicer):
         """Describe the mesh; see generation.proto."""
         del message, context
         return await self.status.report()
+
+    async def Reshard(  # noqa: N802  # named by the proto
+        self, message: generation_pb2.ReshardRequest, context: grpc.aio.ServicerContext
+    ) -> generation_pb2.ReshardResponse:
+        """Ask for another number of shards; see generation.proto."""
+        bind_trace(context)
+        if not message.num_shards:
+            raise InvalidArgument("num_shards must be >= 1, found 0")
+        await self.reshard(message.num_shards)
+        # Whoever asked is bound to the line where API keys tell.
+        log.info("reshard asked for", num_shards=message.num_shards)
+        return generation_pb2.ReshardResponse()
 
 
 class CompletionText:

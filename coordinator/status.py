@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from coordinator.planning.placement import WorkerReport
     from coordinator.planning.plan import MeshPlan
     from coordinator.recovery import Recoveries
+    from coordinator.resharding import Resharding
     from coordinator.workers.pool import WorkerPool
 
 HOTTEST = 16
@@ -26,13 +27,23 @@ class MeshStatus:
     """The mesh as it is now."""
 
     pool: WorkerPool
-    plan: MeshPlan
+    resharding: Resharding
     engine: Engine
     recoveries: Recoveries
     fanout: Fanout | None = None
     """None while no full mesh serves."""
     metrics: Metrics | None = None
     """None where rounds and experts are not counted."""
+
+    @property
+    def plan(self) -> MeshPlan:
+        """Of the mesh that serves, or served last, or is to serve first."""
+        return self.resharding.present
+
+    @property
+    def wanted_shards(self) -> int:
+        """What the mesh is to be cut into."""
+        return len(self.resharding.wanted.shards)
 
     async def report(self) -> generation_pb2.GetMeshResponse:
         """Ask all workers and add up."""
@@ -52,16 +63,20 @@ class MeshStatus:
             recovery=self._recovery(),
             proven_ago_ns=time.monotonic_ns() - self.engine.proven_ns if self.engine.proven_ns else 0,
             hottest_experts=self._hottest_experts(),
+            wanted_shards=self.wanted_shards,
+            reshard_obstacle=self.resharding.obstacle,
         )
 
     def _worker(self, report: WorkerReport) -> generation_pb2.MeshWorker:
         described = report.description
-        serving = self.fanout is not None and report.address in self.fanout.addresses
+        addresses = self.fanout.addresses if self.fanout else ()
+        serving = report.address in addresses
         return generation_pb2.MeshWorker(
             address=report.address,
             reachable=True,
             serving=serving,
-            shard=described.held.shard,
+            # Not what it holds: that may be the shard of a mesh that is to come.
+            shard=addresses.index(report.address) if serving else 0,
             version=described.version,
             device=described.device,
             kernels=described.kernels,
@@ -105,7 +120,9 @@ class MeshStatus:
         )
 
     def _recovery(self) -> generation_pb2.MeshRecovery:
-        message = generation_pb2.MeshRecovery(failures=self.recoveries.failures, recoveries=self.recoveries.count)
+        message = generation_pb2.MeshRecovery(
+            failures=self.recoveries.failures, recoveries=self.recoveries.count, reshards=self.recoveries.reshards
+        )
         if latest := self.recoveries.latest:
             message.last_failure = latest.failure
             message.last_detect_ns, message.last_assemble_ns = latest.detect_ns, latest.assemble_ns

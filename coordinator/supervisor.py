@@ -1,8 +1,8 @@
-"""Keeps the engine running on a full mesh: assembles one, proves it, and another when it breaks.
+"""Keeps the engine running on a full mesh: has one built, proves it, and another when it breaks or is to be cut anew.
 
 A mesh serves once a canary token came through it. It is broken when a step fails, when a session ends, whether or not anybody
 asks for tokens, or when the canary of an idle mesh does not come back. Requests survive the change: their journals are replayed
-on the new mesh. They are ended with an error only when no mesh can be had for a while; one that breaks mesh after mesh ends
+on the next mesh. They are ended with an error only when no mesh can be had for a while; one that breaks mesh after mesh ends
 alone.
 """
 
@@ -16,20 +16,20 @@ from typing import TYPE_CHECKING
 import structlog
 
 from coordinator.attempts import until_mesh
-from coordinator.forward import Forward
-from coordinator.head import Head
 from coordinator.recovery import Recoveries, Recovery
-from protos.errors import MeshError, NotServing, WrongResult
+from coordinator.resharding import NextMesh
+from protos.errors import MeshError, NotServing
 from protos.log import frames
 
 if TYPE_CHECKING:
-    from collections.abc import Awaitable, Callable, Iterable
+    from collections.abc import Awaitable, Callable
 
     from coordinator.engine import Engine
-    from coordinator.fanout import Fanout
-    from coordinator.models.spec import ModelSpec
-    from coordinator.resident import Resident
-    from protos.tensor_pb2 import DType
+    from coordinator.mesh import Blueprint, Mesh, MeshBuilder
+    from coordinator.planning.plan import MeshPlan
+    from coordinator.proof import Prover
+    from coordinator.resharding import Resharding
+    from coordinator.sequence import SequenceId
 
 log = structlog.get_logger(__name__)
 
@@ -41,142 +41,165 @@ class Supervisor:
     """Engine and mesh, held together."""
 
     engine: Engine
-    spec: ModelSpec
-    resident: Resident
-    wire: DType
-    shard_vocabularies: tuple[int, ...]
-    assemble: Callable[[], Awaitable[Fanout]]
-    wait_changed: Callable[[float], Awaitable[None]]
-    """Waits until workers come or go, but no longer than so many seconds."""
-    blame: Callable[[MeshError, Iterable[str]], None]
-    """Told which workers failed a mesh."""
-    on_serving: Callable[[Fanout | None], Awaitable[None]]
+    builder: MeshBuilder
+    prover: Prover
+    resharding: Resharding
+    on_serving: Callable[[Mesh | None], Awaitable[None]]
     """Told of the mesh that serves from now on, or that none does."""
     recovery_s: float
     """How long requests wait for another mesh, seconds."""
     recoveries: Recoveries = field(default_factory=Recoveries)
-    # Workers of the last mesh that was right, by shard.
-    _proven: tuple[str, ...] = ()
-    _turn: int = 0
+    # Of the mesh that serves, or served last.
+    _blueprint: Blueprint | None = None
 
-    async def start(self) -> Fanout:
+    async def start(self) -> Mesh:
         """Make the first mesh.
 
         Raises:
             MeshError: it cannot be had, or its canary does not come back.
 
         """
-        fanout = await self.assemble()
-        await self._prove(fanout)
-        return fanout
+        mesh = await self._build(self.resharding.wanted)
+        self._take(mesh, await self.prover.prove(mesh))
+        return mesh
 
-    async def run(self, fanout: Fanout) -> None:
+    async def run(self, mesh: Mesh) -> None:
         """Serve for ever, first on the mesh that `start` gave.
 
         Whatever else than a `MeshError` comes up is a defect: the requests at hand are ended before it is raised.
         """
         try:
             while True:
-                fanout = await self._recover(await self._serve(fanout))
+                ended = await self._serve(mesh)
+                mesh = ended if not isinstance(ended, Recovery) else await self._recover(ended)
         except Exception as error:
             log.error("engine failed", error=type(error).__name__, frames=frames(error))  # noqa: TRY400  # not its text
             self.engine.refusal = NotServing("the engine failed; the coordinator's log has the details")
             self.engine.fail(MeshError("internal error; the coordinator's log has the details"))
             raise
 
-    async def _serve(self, fanout: Fanout) -> Recovery:
-        """Serve until the mesh breaks; then begin to recover."""
-        await self.on_serving(fanout)
+    async def _serve(self, mesh: Mesh) -> Mesh | Recovery:
+        """Serve until the mesh breaks or gives way, and begin to recover; or until another one takes its place."""
+        await self.on_serving(mesh)
         try:
-            error = await self._run(fanout)
+            ended = await self._run(mesh)
         finally:
-            fanout.close()
+            mesh.close()
+        if isinstance(ended, NextMesh):
+            return self._change(ended)
+        if ended is None:
+            recovery = Recovery("")
+            self.recoveries.begin_change(recovery)
+        else:
+            recovery = self._begin_recovery(mesh, ended)
+        await self.on_serving(None)
+        self.engine.interrupt(ended, when_resumed=recovery.note_resumed)
+        return recovery
+
+    def _begin_recovery(self, mesh: Mesh, error: MeshError) -> Recovery:
         started_ns = self.engine.step_started_ns
         recovery = Recovery(str(error), detect_ns=time.monotonic_ns() - started_ns if started_ns else 0)
         self.recoveries.begin(error.reason, recovery)
-        self.blame(error, [fanout.addresses[shard] for shard in error.shards])
-        log.warning("mesh is broken", epoch=fanout.epoch, reason=error.reason, error=str(error))
-        await self.on_serving(None)
-        self.engine.interrupt(error, when_resumed=recovery.note_resumed)
+        self.builder.blame(error, [mesh.fanout.addresses[shard] for shard in error.shards])
+        log.warning("mesh is broken", epoch=mesh.fanout.epoch, reason=error.reason, error=str(error))
         return recovery
 
-    async def _run(self, fanout: Fanout) -> MeshError:
-        """Run the engine until it fails, or a session ends under it."""
-        tasks = [asyncio.ensure_future(self.engine.run(*self._model(fanout))), asyncio.ensure_future(fanout.watch())]
-        try:
-            await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
-            # The step knows better than the session what went wrong.
-            error = next(task.exception() for task in tasks if task.done())
-        finally:
-            for task in tasks:
-                task.cancel()
-            await asyncio.gather(*tasks, return_exceptions=True)
-        if isinstance(error, MeshError):
-            return error
-        raise error or ValueError("the engine ended")
+    def _change(self, found: NextMesh) -> Mesh:
+        """Go over to a mesh that was made beside the one that served."""
+        mesh, recovery = found.mesh, Recovery("")
+        self.recoveries.begin_change(recovery)
+        self.engine.interrupt(None, when_resumed=recovery.note_resumed)
+        recovery.note_whole()
+        self._take(mesh, found.left)
+        self.recoveries.reshards += 1
+        log.info("mesh is cut anew", epoch=mesh.fanout.epoch, workers=mesh.fanout.addresses)
+        return mesh
 
-    async def _recover(self, recovery: Recovery) -> Fanout:
+    async def _run(self, mesh: Mesh) -> MeshError | NextMesh | None:
+        """Run the engine until it fails, a session ends under it, or another mesh takes its place; None: it has no room."""
+        change = asyncio.ensure_future(self.resharding.next_mesh(mesh.fanout.addresses))
+        steps = asyncio.ensure_future(self.engine.run(mesh.forward, mesh.head))
+        sessions = asyncio.ensure_future(mesh.fanout.watch())
+        try:
+            await asyncio.wait([steps, sessions, change], return_when=asyncio.FIRST_COMPLETED)
+            # The step knows better than the session what went wrong.
+            error = next((task.exception() for task in (steps, sessions) if task.done()), None)
+        finally:
+            for task in (steps, sessions, change):
+                task.cancel()
+            await asyncio.gather(steps, sessions, change, return_exceptions=True)
+        if error is not None and not isinstance(error, MeshError):
+            raise error
+        # A mesh that stands ready is better than any recovery.
+        if not change.cancelled() and (found := change.result()):
+            return found
+        return error
+
+    async def _recover(self, recovery: Recovery) -> Mesh:
         """Try until there is a mesh that is right; after `recovery_s` end the requests that wait for it."""
         started_ns = time.monotonic_ns()
-        attempts = asyncio.ensure_future(until_mesh(lambda: self._attempt(recovery, started_ns), self.wait_changed))
+        attempts = asyncio.ensure_future(until_mesh(lambda: self._attempt(recovery, started_ns), self.builder.wait_changed))
         try:
             if self.recovery_s:
                 await asyncio.wait([attempts], timeout=self.recovery_s)
             given_up: NotServing | None = None
             if not attempts.done():
-                given_up = NotServing(f"no full mesh: {recovery.obstacle or recovery.failure}")
+                given_up = NotServing(f"no full mesh: {recovery.obstacle or recovery.failure or 'it is being cut anew'}")
                 self.engine.refusal = self.engine.refusal or given_up
                 self.engine.fail(given_up)
-            fanout = await attempts
+            mesh = await attempts
         finally:
             attempts.cancel()
         # Another refusal, because the coordinator shuts down, stays.
         if given_up and self.engine.refusal is given_up:
             self.engine.refusal = None
-        self.recoveries.count += 1
+        if recovery.failure:
+            self.recoveries.count += 1
         recovery.note_whole()
         log.info(
             "mesh is whole again",
-            epoch=fanout.epoch,
-            workers=fanout.addresses,
+            epoch=mesh.fanout.epoch,
+            workers=mesh.fanout.addresses,
             detect_ms=recovery.detect_ns // _MS,
             assemble_ms=recovery.assemble_ns // _MS,
             canary_ms=recovery.canary_ns // _MS,
         )
-        return fanout
+        return mesh
 
-    async def _attempt(self, recovery: Recovery, started_ns: int) -> Fanout:
+    async def _attempt(self, recovery: Recovery, started_ns: int) -> Mesh:
+        """Make the mesh that is wanted, or else once more the one that was there."""
+        wanted, present = self.resharding.wanted, self.resharding.present
         try:
-            fanout = await self.assemble()
-            recovery.assemble_ns = time.monotonic_ns() - started_ns
-            recovery.canary_ns = await self._prove(fanout)
+            try:
+                return await self._make(wanted, recovery, started_ns)
+            except MeshError as error:
+                if wanted is present:
+                    raise
+                self.resharding.obstacle = recovery.obstacle = str(error)
+                return await self._make(present, recovery, started_ns)
         except MeshError as error:
             recovery.obstacle = str(error)
             raise
-        return fanout
 
-    async def _prove(self, fanout: Fanout) -> int:
-        """Send the canary through a new mesh, which is closed if that fails; give nanoseconds."""
-        started_ns = time.monotonic_ns()
-        try:
-            await self.engine.prove(*self._model(fanout))
-        except BaseException as error:
-            fanout.close()
-            if isinstance(error, MeshError):
-                self.blame(error, self._culprits(fanout, error))
-            raise
-        self._proven = fanout.addresses
-        return time.monotonic_ns() - started_ns
+    async def _make(self, plan: MeshPlan, recovery: Recovery, started_ns: int) -> Mesh:
+        mesh = await self._build(plan)
+        built_ns = time.monotonic_ns()
+        recovery.assemble_ns = built_ns - started_ns
+        left = await self.prover.prove(mesh)
+        recovery.canary_ns = time.monotonic_ns() - built_ns
+        if plan is not self.resharding.present:
+            self.recoveries.reshards += 1
+        self._take(mesh, left)
+        return mesh
 
-    def _culprits(self, fanout: Fanout, error: MeshError) -> list[str]:
-        if error.shards or not isinstance(error, WrongResult):
-            return [fanout.addresses[shard] for shard in error.shards]
-        # All answered soundly, and yet it is not the model: whoever was not there when it was right holds something else.
-        if newcomers := [address for address in fanout.addresses if address not in self._proven]:
-            return newcomers
-        # One of them has changed. Each is doubted in turn, so that with a spare the one is passed over sooner or later.
-        self._turn += 1
-        return [fanout.addresses[self._turn % len(fanout.addresses)]]
+    async def _build(self, plan: MeshPlan) -> Mesh:
+        # Of the mesh that was there the size is known, and every request fits.
+        if self._blueprint and plan is self._blueprint.plan:
+            return await self.builder.build(self._blueprint)
+        return await self.builder.build(await self.builder.draw(plan, self.engine.scheduler.needed_tokens))
 
-    def _model(self, fanout: Fanout) -> tuple[Forward, Head]:
-        return Forward(self.spec, self.resident, fanout, self.wire), Head(fanout, self.wire, self.shard_vocabularies)
+    def _take(self, mesh: Mesh, left: SequenceId) -> None:
+        """Let the engine go on with a mesh, once it does no steps on another."""
+        self._blueprint = mesh.blueprint
+        self.engine.move(mesh.blueprint.limits, left)
+        self.resharding.note_served(mesh.blueprint.plan)

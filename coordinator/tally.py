@@ -36,6 +36,11 @@ class Phase(enum.Enum):
     """The coordinator's own token."""
 
 
+def phase_of(step: Step) -> Phase:
+    """Say what a step of callers' requests does."""
+    return Phase.PREFILL if any(rows.num_rows > 1 or not rows.samples for rows in step.rows) else Phase.DECODE
+
+
 @dataclass(slots=True)
 class WorkerTally:
     """One worker's part in the rounds of a phase."""
@@ -109,7 +114,7 @@ class Tally:
 
     def begin_step(self, step: Step, number: int) -> None:
         """Count the rounds of steps number <= i < number + `LIMIT` for this step's phase; all others are the canary's."""
-        self._phase = Phase.PREFILL if any(rows.num_rows > 1 or not rows.samples for rows in step.rows) else Phase.DECODE
+        self._phase = phase_of(step)
         self._steps = range(number, number + LIMIT)
         tally = self.phases[self._phase]
         tally.num_steps += 1

@@ -13,7 +13,7 @@
     +-- QueueFull            too many requests wait: retry later
     +-- TooManyCalls         an API key has as many calls under way as it may: retry later
     +-- Unauthenticated      the caller showed no API key, or none that is known
-    +-- Forbidden            the peer's certificate is for something else
+    +-- Forbidden            the peer is known, and its certificate or API key is for something else
     +-- WorkerLost           a worker died, hangs or broke its stream
     +-- NotServing           no full mesh: retry later
     +-- WrongResult          a worker answered something that cannot be right
@@ -157,7 +157,7 @@ class Unauthenticated(MeshError):
 
 
 class Forbidden(MeshError):
-    """The peer's certificate does not allow this call."""
+    """The peer's certificate or API key does not allow this call."""
 
     code = grpc.StatusCode.PERMISSION_DENIED
     reason = "PERMISSION_DENIED"

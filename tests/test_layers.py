@@ -27,10 +27,14 @@ COORDINATOR_FLOORS = (
     "scheduler completion head served_model access workers.pool",
     "microbatches workers.warming",
     "forward progress intake observer tally",
-    "canary metrics",
-    "engine",
-    "supervisor status",
+    "mesh",
+    "canary metrics span_attributes",
+    "engine spans",
+    "proof",
+    "resharding",
+    "supervisor status tracing",
     "service exposition",
+    "telemetry",
     "app",
     "private_mesh",
     "bench",
@@ -45,6 +49,7 @@ SHARDWORKER_FLOORS = (
     "loader shard",
     "operands",
     "session",
+    "loading",
     "holding",
     "service exposition",
     "app",
@@ -185,6 +190,12 @@ def test_what_only_decides_never_imports_torch(package: str) -> None:
 def test_who_uses_no_tls_does_not_wait_for_its_library(name: str) -> None:
     assert not any(module.split(".")[0] == "cryptography" for module in reached_at_run_time(name))
     assert "cryptography" in {module.split(".")[0] for module in reached_at_run_time("protos.certificates")}
+
+
+def test_who_sends_no_traces_needs_no_library_for_them() -> None:
+    needing = {name for name in WRITTEN if any(target.split(".")[0] == "opentelemetry" for target in all_imports(name))}
+    assert needing == {"coordinator.spans", "coordinator.tracing"}
+    assert not needing & reached_at_run_time("coordinator.__main__")
 
 
 def test_the_search_for_torch_finds_it_where_it_is() -> None:

@@ -1,4 +1,4 @@
-"""`coordctl api-key`: a key for one caller of a coordinator."""
+"""`coordctl api-key`: a key for one caller of a coordinator, or for one operator."""
 
 from __future__ import annotations
 
@@ -20,6 +20,7 @@ from coordinator.api_keys import add_key
     help="The file of coordctl serve --api-keys; it gets a line with the key's hash.",
 )
 @click.option("--max-calls", type=click.IntRange(1, 999_999), help="Most Generate calls at once.  [default: no limit]")
-def api_key(name: str, path: Path, max_calls: int | None) -> None:
+@click.option("--operator", "is_operator", is_flag=True, help="The key may change the mesh: coordctl reshard.")
+def api_key(name: str, path: Path, max_calls: int | None, *, is_operator: bool) -> None:
     """Make a random key for NAME and print it: it is shown this once, and only its hash is kept."""
-    click.echo(add_key(path, name, max_calls))
+    click.echo(add_key(path, name, max_calls, is_operator=is_operator))

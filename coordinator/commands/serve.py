@@ -94,6 +94,13 @@ STARTUP_S = 60.0
 )
 @click.option("--health-listen", metavar="HOST:PORT", help="Health alone, in plaintext, for probes that speak no TLS.")
 @click.option("--metrics-listen", metavar="HOST:PORT", help="Metrics for Prometheus, by plain HTTP; port 0: any free one.")
+@click.option(
+    "--trace-to",
+    metavar="URL",
+    envvar=["OTEL_EXPORTER_OTLP_TRACES_ENDPOINT", "OTEL_EXPORTER_OTLP_ENDPOINT"],
+    show_envvar=True,
+    help="OpenTelemetry collector that gets traces by OTLP over gRPC: http://HOST:PORT, or https://HOST:PORT for TLS.",
+)
 @insecure_option
 def serve(**flags: Any) -> None:  # noqa: ANN401  # click's own dict of flags
     """Serve a model on workers that run already."""
@@ -116,6 +123,7 @@ def serve(**flags: Any) -> None:  # noqa: ANN401  # click's own dict of flags
         ),
         health_listen=flags["health_listen"],
         metrics_listen=flags["metrics_listen"],
+        trace_to=flags["trace_to"],
         shards=flags["shards"],
         kv_tokens=flags["kv_tokens"],
         max_rows=flags["max_rows"],

@@ -11,7 +11,7 @@ from rich.table import Table
 from rich.text import Text
 
 from coordinator.client import Credentials, GenerationClient
-from coordinator.commands.console import show_bytes, table_console
+from coordinator.commands.console import show_bytes, show_parts, table_console
 from coordinator.commands.options import caller_credentials, caller_options, json_option
 from coordinator.commands.running import run
 from protos import rpc
@@ -49,6 +49,8 @@ def _as_dict(model: GetModelResponse, mesh: GetMeshResponse) -> dict[str, object
         "serving": mesh.serving,
         "epoch": mesh.epoch,
         "num_shards": mesh.num_shards,
+        "wanted_shards": mesh.wanted_shards,
+        "reshard_obstacle": mesh.reshard_obstacle,
         "plan_digest": mesh.plan_digest.hex(),
         "model": MessageToDict(model, preserving_proto_field_name=True, always_print_fields_with_no_presence=True),
         "workers": [
@@ -88,21 +90,19 @@ def _print(model: GetModelResponse, mesh: GetMeshResponse) -> None:
         f"{load.preemptions} preemptions",
         soft_wrap=True,
     )
-    if mesh.recovery.failures:
+    # An older coordinator does not tell.
+    if mesh.wanted_shards not in {0, mesh.num_shards}:
+        console.print(Text(f"{mesh.wanted_shards} shards are wanted: {mesh.reshard_obstacle or 'under way'}"), soft_wrap=True)
+    if mesh.recovery.failures or mesh.recovery.reshards:
         _print_recovery(console, mesh.recovery)
 
 
 def _print_recovery(console: Console, recovery: MeshRecovery) -> None:
     failures = ", ".join(f"{count} {reason}" for reason, count in sorted(recovery.failures.items()))
-    parts = {
-        "noticed in": recovery.last_detect_ns,
-        "assembled in": recovery.last_assemble_ns,
-        "proven in": recovery.last_canary_ns,
-        "replayed in": recovery.last_replay_ns,
-    }
-    times = ", ".join(f"{name} {value / 1e6:.0f} ms" for name, value in parts.items())
-    console.print(f"failures: {failures}; recoveries: {recovery.recoveries}; the latest {times}", soft_wrap=True)
-    console.print(Text(f"latest failure: {recovery.last_failure}"), soft_wrap=True)
+    counts = f"failures: {failures or 0}; recoveries: {recovery.recoveries}; reshards: {recovery.reshards}"
+    console.print(f"{counts}; the latest {show_parts(recovery)}", soft_wrap=True)
+    if recovery.last_failure:
+        console.print(Text(f"latest failure: {recovery.last_failure}"), soft_wrap=True)
 
 
 def _row(worker: MeshWorker) -> tuple[Text, ...]:

@@ -53,6 +53,10 @@ class MeshView:
     serving: bool
     epoch: int
     num_shards: int
+    wanted_shards: int
+    """Another number while the mesh is cut anew."""
+    reshard_obstacle: str
+    """Why that could not be done yet; empty if nothing is in its way."""
     running: int
     waiting: int
     kv_usage: float
@@ -69,6 +73,8 @@ class MeshView:
     recoveries: int
     failures: dict[str, int]
     """Since start, by reason."""
+    reshards: int
+    """Since start."""
     last_failure: str
     last_stall_s: float
 
@@ -91,6 +97,8 @@ def view(before: Look, now: Look) -> MeshView:
         serving=now.mesh.serving,
         epoch=now.mesh.epoch,
         num_shards=now.mesh.num_shards,
+        wanted_shards=now.mesh.wanted_shards,
+        reshard_obstacle=now.mesh.reshard_obstacle,
         running=new.running,
         waiting=new.waiting,
         kv_usage=new.used_pages / new.total_pages if new.total_pages else 0.0,
@@ -107,6 +115,7 @@ def view(before: Look, now: Look) -> MeshView:
         ],
         recoveries=recovery.recoveries,
         failures=dict(recovery.failures),
+        reshards=recovery.reshards,
         last_failure=recovery.last_failure,
         last_stall_s=stall_ns / _S,
     )
@@ -136,8 +145,9 @@ def top(coordinator: str, interval: float, *, once: bool, **flags: Any) -> None:
         return
     if flags["as_json"]:
         raise InvalidArgument("--json prints one object: say --once too")
-    if not table_console().is_terminal:
-        raise InvalidArgument("a table that renews itself needs a terminal: say --once")
+    console = table_console()
+    if not console.is_terminal or console.is_dumb_terminal:
+        raise InvalidArgument("a table that renews itself needs a terminal that can move its cursor: say --once")
     run(_live(address, credentials, interval))
 
 
@@ -163,8 +173,9 @@ async def _live(address: str, credentials: Credentials, interval: float) -> None
                     now = await _look(client)
                     shown, before = render(view(before, now)), now
                 except MeshError as error:
-                    # It may come back; what was known last stays.
-                    live.update(Group(Text(str(error), style="red"), shown), refresh=True)
+                    # It may come back; what was known last stays, and how old it is.
+                    age_s = time.monotonic() - before.at_s
+                    live.update(Group(Text(f"no answer for {age_s:.0f} s: {error}", style="bold red"), shown), refresh=True)
                     continue
                 except asyncio.CancelledError:
                     # Ctrl-C is how it ends.
@@ -189,9 +200,15 @@ def render(found: MeshView) -> RenderableType:
     ]
     if found.experts:
         parts.append(_experts(found))
-    if found.failures:
-        reasons = ", ".join(f"{count} {reason}" for reason, count in sorted(found.failures.items()))
-        parts.append(Text(f"{found.recoveries} recoveries; failures: {reasons}; the latest stall {found.last_stall_s:.2f} s"))
+    # An older coordinator does not tell.
+    if found.wanted_shards not in {0, found.num_shards}:
+        obstacle = found.reshard_obstacle or "under way"
+        parts.append(Text(f"{found.wanted_shards} shards are wanted: {obstacle}", style="yellow"))
+    if found.failures or found.reshards:
+        reasons = ", ".join(f"{count} {reason}" for reason, count in sorted(found.failures.items())) or "0"
+        counts = f"{found.recoveries} recoveries; failures: {reasons}; {found.reshards} reshards"
+        parts.append(Text(f"{counts}; the latest stall {found.last_stall_s:.2f} s"))
+    if found.last_failure:
         parts.append(Text(f"latest failure: {found.last_failure}"))
     return Group(*parts)
 

@@ -34,6 +34,21 @@ class PlanLease(Protocol):
     def term(self) -> int | None:
         """Number of this coordinator's term, which rises from holder to holder; None while it does not surely hold the lease."""
 
+    @property
+    def shards(self) -> int | None:
+        """How many shards all coordinators want, as far as is known; None: nobody said."""
+
+    async def wait_shards(self, known: int | None) -> int | None:
+        """Wait until another number of shards is wanted than `known`, and return it."""
+
+    async def ask_shards(self, num_shards: int) -> None:
+        """Tell all coordinators that so many shards are wanted.
+
+        Raises:
+            NotServing: it cannot be told at present.
+
+        """
+
     async def begin_term_after(self, term: int) -> int:
         """Begin a term with a higher number than `term`, which workers have seen: a lease was made anew; return the number.
 

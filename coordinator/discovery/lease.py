@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import random
+import re
 import secrets
 import socket
 import time
@@ -39,6 +40,10 @@ RENEW_S = 2.0
 REQUEST_S = 5.0
 """Longest that a request may take: there is time for another one before the holder must stop believing."""
 
+SHARDS_ANNOTATION = "shardmesh.dev/shards"
+"""On the Lease: how many shards all coordinators want. Whoever may write the Lease may change it while they serve."""
+
+_NUMBER = re.compile("[1-9][0-9]{0,4}")
 _NOT_FOUND, _CONFLICT = 404, 409
 
 
@@ -71,6 +76,9 @@ class KubernetesLease:
         self._highest = 0
         # While this coordinator holds it: when it last sent a renewal that was accepted.
         self._renewed_at: float | None = None
+        self._shards: int | None = None
+        self._shards_text: str | None = None
+        self._shards_changed = asyncio.Event()
 
     @property
     def term(self) -> int | None:
@@ -78,6 +86,28 @@ class KubernetesLease:
         if self._renewed_at is None or time.monotonic() - self._renewed_at > BELIEF_S:
             return None
         return self._spec_term
+
+    @property
+    def shards(self) -> int | None:
+        """See `PlanLease.shards`."""
+        return self._shards
+
+    async def wait_shards(self, known: int | None) -> int | None:
+        """See `PlanLease.wait_shards`."""
+        while self._shards == known:
+            self._shards_changed.clear()
+            await self._shards_changed.wait()
+        return self._shards
+
+    async def ask_shards(self, num_shards: int) -> None:
+        """See `PlanLease.ask_shards`."""
+        try:
+            async with aclosing(await self._connect()) as api:
+                # Its holder writes it too, every few seconds.
+                while not await _annotate(api, self._own_path, str(num_shards)):
+                    pass
+        except MeshError as error:
+            raise NotServing(f"Lease {self.name} cannot be told how many shards are wanted: {error}") from None
 
     async def begin_term_after(self, term: int) -> int:
         """See `PlanLease.begin_term_after`."""
@@ -169,11 +199,23 @@ class KubernetesLease:
 
     def _take(self, found: Json) -> None:
         self._seen = found
+        self._read_shards()
         self._highest = max(self._highest, self._spec_term)
         holder = self._spec.get("holderIdentity") or ""
         if self.holder != holder:
             self.holder = holder
             log.info("lease changed hands", lease=self.name, holder=holder, term=self._spec_term)
+
+    def _read_shards(self) -> None:
+        text = ((self._seen.get("metadata") or {}).get("annotations") or {}).get(SHARDS_ANNOTATION)
+        if text == self._shards_text:
+            return
+        self._shards_text = text
+        if text is not None and not _NUMBER.fullmatch(text):
+            log.error("the lease names no number of shards", lease=self.name, annotation=SHARDS_ANNOTATION, found=text[:32])
+            return
+        self._shards = None if text is None else int(text)
+        self._shards_changed.set()
 
     @property
     def _own_path(self) -> str:
@@ -223,3 +265,18 @@ class KubernetesLease:
         if self._api:
             await self._api.aclose()
             self._api = None
+
+
+async def _annotate(api: KubernetesApi, path: str, shards: str) -> bool:
+    """Write the number, unless somebody writes the Lease at the same moment."""
+    found = await api.request("GET", path, timeout_s=REQUEST_S)
+    # A Lease without any has null there.
+    metadata = found["metadata"]
+    metadata["annotations"] = {**(metadata.get("annotations") or {}), SHARDS_ANNOTATION: shards}
+    try:
+        await api.request("PUT", path, body=found, timeout_s=REQUEST_S)
+    except ApiError as error:
+        if error.status != _CONFLICT:
+            raise
+        return False
+    return True

@@ -12,7 +12,7 @@ from protos.errors import OutOfMemory, TopologyError
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-    from coordinator.planning.placement import WorkerReport
+    from coordinator.planning.placement import Placement, WorkerReport
     from coordinator.planning.plan import MeshPlan
 
 DEFAULT_KV_TOKENS = 65_536
@@ -73,6 +73,35 @@ def kv_pages(plan: MeshPlan, reports: Sequence[WorkerReport], page_tokens: int, 
             f"KV cache; {pages * page_tokens} are wanted: lower --kv-tokens, add workers or quantize"
         )
     return pages
+
+
+def check_beside(plan: MeshPlan, placement: Placement, reports: Sequence[WorkerReport], num_pages: int) -> None:
+    """Check that workers can take a mesh beside what they hold and keep now.
+
+    Args:
+        plan: of the mesh.
+        placement: of its shards.
+        reports: of all workers; those on one host share its memory.
+        num_pages: KV pages of each shard.
+
+    Raises:
+        OutOfMemory: a host has too little.
+
+    """
+    by_address = {report.address: report for report in reports}
+    wanted: defaultdict[str, int] = defaultdict(int)
+    free: dict[str, int] = {}
+    for shard, address in enumerate(placement.shards):
+        report, host = by_address[address], _host(address)
+        weights = 0 if report.holds(plan, shard) else plan.weight_bytes[shard]
+        wanted[host] += weights + plan.kv_bytes_per_token[shard] * plan.shards[shard].page_tokens * num_pages
+        free[host] = min(free.get(host, report.description.memory_free_bytes), report.description.memory_free_bytes)
+    for host, num_bytes in wanted.items():
+        if num_bytes > free[host]:
+            raise OutOfMemory(
+                f"{host or 'this machine'} has {free[host] / 2**30:.2f} GiB free beside what it holds now, and its part of "
+                f"{len(plan.shards)} shards takes {num_bytes / 2**30:.2f} with KV cache"
+            )
 
 
 def _smallest_memory(reports: Sequence[WorkerReport]) -> int:

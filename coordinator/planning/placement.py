@@ -35,7 +35,10 @@ class WorkerReport:
     def holds(self, plan: MeshPlan, shard: int) -> bool:
         """Whether the worker has that shard of that plan loaded."""
         held = self.description.held
-        return held.state == WORKER_STATE_LOADED and held.plan_digest == plan.digest and held.shard == shard
+        plans = [(former.plan_digest, former.shard) for former in held.former]
+        if held.state == WORKER_STATE_LOADED:
+            plans.append((held.plan_digest, held.shard))
+        return (plan.digest, shard) in plans
 
 
 @dataclass(frozen=True, slots=True)

@@ -15,7 +15,8 @@ from protos.errors import MeshError, WorkerLost
 from protos.shardworker_pb2 import SupplyOffer
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncIterator, Callable
+    from collections.abc import AsyncIterator, Callable, Coroutine, Iterable
+    from typing import Any
 
     from coordinator.workers.client import WorkerClient
     from coordinator.workers.supplier import Supplier
@@ -92,3 +93,27 @@ async def _supplied(client: WorkerClient, request: LoadRequest, supplier: Suppli
             task.cancel()
         with contextlib.suppress(asyncio.CancelledError, MeshError):
             await supplying
+
+
+async def load_all(loads: Iterable[Coroutine[Any, Any, None]]) -> None:
+    """Run loads side by side; the first failure is raised by itself.
+
+    A failure that another attempt would meet again cancels the rest. A worker that is lost does not: what the others load, they
+    keep, and a spare needs to load one shard only.
+    """
+    tasks = [asyncio.ensure_future(one) for one in loads]
+    try:
+        pending: set[asyncio.Future[None]] = set(tasks)
+        while pending and all(error is None or isinstance(error, WorkerLost) for error in _errors(tasks)):
+            _, pending = await asyncio.wait(pending, return_when=asyncio.FIRST_COMPLETED)
+        if errors := [error for error in _errors(tasks) if error]:
+            # What cancels the rest before what does not.
+            raise min(errors, key=lambda error: isinstance(error, WorkerLost))
+    finally:
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
+
+
+def _errors(tasks: Iterable[asyncio.Future[None]]) -> list[BaseException | None]:
+    return [task.exception() for task in tasks if task.done() and not task.cancelled()]

@@ -10,6 +10,7 @@ coordinators share workers by a lease, only its holder hands out plans that work
 from __future__ import annotations
 
 import asyncio
+import hashlib
 import os
 import time
 from contextlib import nullcontext
@@ -18,22 +19,22 @@ from typing import TYPE_CHECKING
 import structlog
 
 from coordinator.fanout import Fanout
+from coordinator.planning.capacity import check_beside
 from coordinator.planning.placement import place
 from coordinator.workers.assignment import adopt, lead
-from coordinator.workers.loading import load
+from coordinator.workers.loading import load, load_all
 from coordinator.workers.roster import Roster
 from coordinator.workers.supplier import Supplier
 from protos import rpc
-from protos.errors import MeshError, NotServing, PlanMismatch, PositionMismatch, StaleEpoch, StepMismatch, WorkerLost
+from protos.errors import MeshError, NotServing, PlanMismatch, PositionMismatch, StaleEpoch, StepMismatch
 from protos.shardworker_pb2 import LoadRequest, WarmRequest
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Coroutine, Iterable, Sequence
+    from collections.abc import Callable, Iterable, Sequence
     from pathlib import Path
-    from typing import Any
 
     from coordinator.discovery.interfaces import PlanLease
-    from coordinator.planning.placement import Placement, WorkerReport
+    from coordinator.planning.placement import WorkerReport
     from coordinator.planning.plan import MeshPlan
     from coordinator.rounds import RoundObserver
     from coordinator.workers.client import WorkerClient
@@ -43,6 +44,9 @@ if TYPE_CHECKING:
 
 log = structlog.get_logger(__name__)
 
+
+COORDINATOR_BYTES = 16
+"""Of `Open.coordinator`."""
 
 AVOID_S = 60.0
 """How long a worker that failed is passed over, if there are others."""
@@ -88,7 +92,7 @@ class WorkerPool:
         self._lease = lease
         self._supplies = supplies
         self._observer = observer
-        self._identity = os.urandom(16)
+        self._secret = os.urandom(32)
         self._epoch = 0
 
     def blame(self, error: MeshError, addresses: Iterable[str]) -> None:
@@ -138,6 +142,8 @@ class WorkerPool:
         directory: Path | None,
         num_pages: int,
         on_progress: Callable[[LoadEvent], None],
+        *,
+        beside: Sequence[str] = (),
     ) -> Fanout:
         """Make a full mesh: place the shards, load them, open the sessions.
 
@@ -146,8 +152,10 @@ class WorkerPool:
             directory: of the model's files, as the workers see it unless they are supplied; None with random weights.
             num_pages: KV pages of each shard.
             on_progress: called for each step of loading.
+            beside: addresses of a mesh of another plan that serves on meanwhile: what they hold stays.
 
         Raises:
+            OutOfMemory: with `beside`: the workers have no room for both.
             MeshError: too few workers, or one of those needed refuses or dies.
 
         """
@@ -157,25 +165,33 @@ class WorkerPool:
             survey = await self.survey(wait_for_ready=True, enough=needed)
         self.require(survey, needed)
         preferred = self._preferred(survey.reports, needed)
+        # Workers that serve already come last.
+        preferred.sort(key=lambda report: report.address in beside)
         if self._lease and self._lease.term is None:
-            placement = adopt(plan, preferred, survey.reports, self._lease)
-            self._roster.engage(placement.shards)
+            placement, assignment = adopt(plan, preferred, survey.reports, self._lease), None
         else:
             placement = place(plan, preferred)
-            self._roster.engage(placement.shards)
             # Of all, also of those that are passed over: their assignments count too.
             assignment = await lead(plan, placement, survey.reports, self._lease)
-            await self._hand_out(plan, placement, assignment, directory, on_progress)
+        if beside:
+            check_beside(plan, placement, survey.reports, num_pages)
+        self._roster.engage((*beside, *placement.shards))
+        if assignment is not None:
+            requests = self._requests(plan, assignment, directory, beside=bool(beside))
+            await self._hand_out(requests, placement.shards, directory, on_progress)
+        return await self._open(plan, placement.shards, num_pages)
+
+    async def _open(self, plan: MeshPlan, addresses: Sequence[str], num_pages: int) -> Fanout:
         self._epoch += 1
         fanout = Fanout(
-            [self._roster.engaged[address].execute() for address in placement.shards],
+            [self._roster.engaged[address].execute() for address in addresses],
             plan.digest,
             self._epoch,
             timeout_s=self._round_timeout_s,
             observer=self._observer,
         )
         try:
-            await fanout.open(self._identity, num_pages, self._lease_s)
+            await fanout.open(self._identity_for(plan), num_pages, self._lease_s)
         except MeshError as error:
             self.blame(error, (fanout.addresses[shard] for shard in error.shards))
             fanout.close()
@@ -228,16 +244,13 @@ class WorkerPool:
         left_out = avoided[max(0, needed - (len(reports) - len(avoided))) :]
         return [report for report in reports if report not in left_out]
 
-    async def _hand_out(
-        self,
-        plan: MeshPlan,
-        placement: Placement,
-        assignment: int,
-        directory: Path | None,
-        on_progress: Callable[[LoadEvent], None],
-    ) -> None:
+    def _identity_for(self, plan: MeshPlan) -> bytes:
+        """Of this process and one plan: sessions end older ones of the same identity, and those of another plan serve on."""
+        return hashlib.blake2b(plan.digest, key=self._secret, digest_size=COORDINATOR_BYTES).digest()
+
+    def _requests(self, plan: MeshPlan, assignment: int, directory: Path | None, *, beside: bool) -> list[LoadRequest]:
         supplied = self._supplies and directory is not None
-        requests = [
+        return [
             LoadRequest(
                 protocol_version=rpc.PROTOCOL_VERSION,
                 plan=shard,
@@ -245,13 +258,22 @@ class WorkerPool:
                 assignment=assignment,
                 directory=str(directory) if directory and not supplied else "",
                 supplied=supplied,
+                beside=beside,
             )
             for shard in plan.shards
         ]
-        with Supplier(directory, plan.shards[0].files) if supplied and directory else nullcontext() as supplier:
-            await _all(
-                self._load(address, request, supplier, on_progress)
-                for address, request in zip(placement.shards, requests, strict=True)
+
+    async def _hand_out(
+        self,
+        requests: Sequence[LoadRequest],
+        addresses: Sequence[str],
+        directory: Path | None,
+        on_progress: Callable[[LoadEvent], None],
+    ) -> None:
+        supplied = directory if requests[0].supplied else None
+        with Supplier(supplied, requests[0].plan.files) if supplied else nullcontext() as supplier:
+            await load_all(
+                self._load(address, request, supplier, on_progress) for address, request in zip(addresses, requests, strict=True)
             )
 
     async def _load(
@@ -262,27 +284,3 @@ class WorkerPool:
         except MeshError as error:
             self.blame(error, [address])
             raise
-
-
-async def _all(work: Iterable[Coroutine[Any, Any, None]]) -> None:
-    """Run loads side by side; the first failure is raised by itself.
-
-    A failure that another attempt would meet again cancels the rest. A worker that is lost does not: what the others load, they
-    keep, and a spare needs to load one shard only.
-    """
-    tasks = [asyncio.ensure_future(one) for one in work]
-    try:
-        pending: set[asyncio.Future[None]] = set(tasks)
-        while pending and all(error is None or isinstance(error, WorkerLost) for error in _errors(tasks)):
-            _, pending = await asyncio.wait(pending, return_when=asyncio.FIRST_COMPLETED)
-        if errors := [error for error in _errors(tasks) if error]:
-            # What cancels the rest before what does not.
-            raise min(errors, key=lambda error: isinstance(error, WorkerLost))
-    finally:
-        for task in tasks:
-            task.cancel()
-        await asyncio.gather(*tasks, return_exceptions=True)
-
-
-def _errors(tasks: Iterable[asyncio.Future[None]]) -> list[BaseException | None]:
-    return [task.exception() for task in tasks if task.done() and not task.cancelled()]

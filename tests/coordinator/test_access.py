@@ -5,10 +5,10 @@ from typing import Any
 
 import pytest
 
-from coordinator.access import open_access
-from coordinator.api_keys import ApiKeys, add_key
+from coordinator.access import admit_callers, open_access
+from coordinator.api_keys import FOR_OPERATORS, ApiKeys, add_key
 from coordinator.config import ModelSettings, SecuritySettings, ServeSettings
-from protos.errors import InvalidArgument
+from protos.errors import Forbidden, InvalidArgument
 from protos.interceptors import admit_all
 from tests.authority import COORDINATOR_NAMES, TestAuthority
 
@@ -62,3 +62,25 @@ def test_a_socket_file_is_plaintext_and_asks_for_keys_all_the_same(own: Path, tm
     assert access.listener is None
     assert access.certificates
     assert isinstance(access.guard, ApiKeys)
+
+
+def test_certificates_alone_do_not_say_who_is_an_operator(own: Path, tmp_path: Path) -> None:
+    add_key(tmp_path / "keys", "alice", None)
+    security = SecuritySettings(tls=own, require_caller_certificate=True)
+    workers = {"workers": ("unix:/w",), "insecure": False}
+    guard = open_access(settings(security=security, **workers)).guard
+    assert guard is admit_callers
+    context: Any = None
+    with pytest.raises(Forbidden, match=r"Reshard is for operators.*--api-keys FILE"), guard(FOR_OPERATORS, context):
+        pass
+    with guard("/shardmesh.v1.Generation/Generate", context):
+        pass
+    # Whoever says --insecure allows what would be refused.
+    assert open_access(settings(security=security)).guard is admit_all
+    keys = SecuritySettings(tls=own, require_caller_certificate=True, api_keys=tmp_path / "keys")
+    assert isinstance(open_access(settings(security=keys, **workers)).guard, ApiKeys)
+
+
+def test_whoever_may_open_the_socket_file_is_an_operator(tmp_path: Path) -> None:
+    access = open_access(settings(listen=f"unix:{tmp_path}/c", workers=("unix:/w",), insecure=False))
+    assert access.guard is admit_all

@@ -11,10 +11,11 @@ import pytest
 
 from coordinator.api_keys import PREFIX, ApiKey, ApiKeys, add_key, read_keys
 from protos import watched
-from protos.errors import InvalidArgument, MeshError, TooManyCalls, Unauthenticated
+from protos.errors import Forbidden, InvalidArgument, MeshError, TooManyCalls, Unauthenticated
 
 GENERATE = "/shardmesh.v1.Generation/Generate"
 GET_MODEL = "/shardmesh.v1.Generation/GetModel"
+RESHARD = "/shardmesh.v1.Generation/Reshard"
 HEALTH = "/grpc.health.v1.Health/Check"
 REFLECTION = "/grpc.reflection.v1alpha.ServerReflection/ServerReflectionInfo"
 
@@ -106,6 +107,10 @@ SECRET = "shardmesh_this-is-the-key-itself"  # noqa: S105  # of nothing
         f"alice {digest(SECRET)} 1.5",
         f"alice {digest(SECRET)[:-1]} 1",
         f"alice {digest(SECRET)} 1 more",
+        f"alice {digest(SECRET)} operator",
+        f"alice {digest(SECRET)} 1operator",
+        f"alice {digest(SECRET)} 1 Operator",
+        f"alice {digest(SECRET)} 1 operator more",
     ],
 )
 def test_a_line_that_is_none_is_named_by_its_number_and_never_shown(path: Path, line: str) -> None:
@@ -182,6 +187,36 @@ def test_every_entry_is_compared_in_constant_time_whichever_matches(path: Path) 
         with mock.patch("hmac.compare_digest", side_effect=hmac.compare_digest) as compare:
             enter(keys, GET_MODEL, bearer(shown))
         assert compare.call_count == 3
+
+
+def test_an_operators_key_may_change_the_mesh_and_others_may_not(path: Path) -> None:
+    alice, olga = bearer(add_key(path, "alice", None)), bearer(add_key(path, "olga", 2, is_operator=True))
+    assert [(key.name, key.max_calls, key.is_operator) for key in read_keys(path)] == [("alice", None, False), ("olga", 2, True)]
+    keys = ApiKeys(path)
+    error = enter(keys, RESHARD, alice)
+    assert isinstance(error, Forbidden)
+    assert "Reshard needs an operator's API key, found that of alice" in str(error)
+    assert enter(keys, RESHARD, olga) is None
+    assert isinstance(enter(keys, RESHARD, Context()), Unauthenticated)
+    assert isinstance(enter(keys, RESHARD, bearer("wrong")), Unauthenticated)
+
+
+def test_an_operators_key_is_a_callers_key_too(path: Path) -> None:
+    olga = bearer(add_key(path, "olga", 1, is_operator=True))
+    keys = ApiKeys(path)
+    with keys(GENERATE, olga):
+        assert enter(keys, GET_MODEL, olga) is None
+        assert isinstance(enter(keys, GENERATE, olga), TooManyCalls)
+
+
+def test_an_operator_is_one_as_long_as_the_file_says_so(path: Path) -> None:
+    key = add_key(path, "olga", None)
+    keys = ApiKeys(path)
+    assert isinstance(enter(keys, RESHARD, bearer(key)), Forbidden)
+    path.write_text(f"olga {digest(key)} -   operator  \n")
+    assert enter(keys, RESHARD, bearer(key)) is None
+    path.write_text(f"olga {digest(key)} -\n")
+    assert isinstance(enter(keys, RESHARD, bearer(key)), Forbidden)
 
 
 def test_a_limit_counts_the_generate_calls_of_its_own_key(path: Path) -> None:

@@ -10,8 +10,16 @@ import grpc
 import pytest
 
 from coordinator.client import GenerationClient
-from protos.errors import InvalidArgument, MeshError, QueueFull, WorkerLost
-from protos.generation_pb2 import Accepted, GenerateRequest, GenerateResponse, GetMeshResponse, GetModelResponse
+from protos.errors import InvalidArgument, MeshError, QueueFull, TopologyError, WorkerLost
+from protos.generation_pb2 import (
+    Accepted,
+    GenerateRequest,
+    GenerateResponse,
+    GetMeshResponse,
+    GetModelResponse,
+    ReshardRequest,
+    ReshardResponse,
+)
 from protos.generation_pb2_grpc import GenerationServicer, add_GenerationServicer_to_server
 from protos.interceptors import ErrorInterceptor
 
@@ -19,6 +27,7 @@ from protos.interceptors import ErrorInterceptor
 class FakeGeneration(GenerationServicer):
     def __init__(self) -> None:
         self.ended = asyncio.Event()
+        self.asked: list[int] = []
 
     async def Generate(self, message: GenerateRequest, context: Any) -> AsyncIterator[GenerateResponse]:  # noqa: N802
         del context
@@ -37,6 +46,13 @@ class FakeGeneration(GenerationServicer):
     async def GetMesh(self, message: Any, context: Any) -> GetMeshResponse:  # noqa: N802
         del message, context
         return GetMeshResponse(epoch=4)
+
+    async def Reshard(self, message: ReshardRequest, context: Any) -> ReshardResponse:  # noqa: N802
+        del context
+        if message.num_shards > 4:
+            raise TopologyError("there are 4 heads")
+        self.asked.append(message.num_shards)
+        return ReshardResponse()
 
 
 @pytest.fixture
@@ -76,6 +92,27 @@ async def test_request_over_the_limit_is_an_error_of_ours(served: tuple[FakeGene
     with pytest.raises(MeshError, match="larger than max"):
         async for _ in client.generate(GenerateRequest(text="x" * 5 * 2**20)):
             pass
+
+
+async def test_another_number_of_shards_is_asked_for_once(served: tuple[FakeGeneration, GenerationClient]) -> None:
+    service, client = served
+    await client.reshard(3)
+    assert service.asked == [3]
+    with pytest.raises(TopologyError, match="there are 4 heads"):
+        await client.reshard(5)
+    assert service.asked == [3]
+
+
+async def test_a_coordinator_without_the_call_is_told_apart(tmp_path: Path) -> None:
+    server = grpc.aio.server(interceptors=[ErrorInterceptor()])
+    server.add_insecure_port(f"unix:{tmp_path}/c")
+    await server.start()
+    async with GenerationClient(f"unix:{tmp_path}/c") as client:
+        with pytest.raises(
+            MeshError, match=r"does not offer shardmesh.v1.Generation: is it a coordinator, and of this version\?"
+        ):
+            await client.reshard(3)
+    await server.stop(0)
 
 
 async def test_nobody_there_is_a_lost_peer(tmp_path: Path) -> None:

@@ -47,6 +47,10 @@ def settings(**changes: Any) -> ServeSettings:
         ({"health_listen": "nowhere"}, "'nowhere' is neither HOST:PORT nor unix:PATH"),
         ({"metrics_listen": "nowhere"}, "'nowhere' is neither HOST:PORT nor unix:PATH"),
         ({"metrics_listen": "unix:/run/m"}, "--metrics-listen must be HOST:PORT"),
+        *[
+            ({"trace_to": url}, "takes http://HOST:PORT, or https://HOST:PORT for TLS")
+            for url in ("collector:4317", "http://collector", "http://c:99999", "grpc://c:1", "http://c:1/v1/traces", "http://:1")
+        ],
         ({"shards": 0}, "--shards 0 needs that many workers, 2 are listed"),
         ({"shards": 3}, "--shards 3 needs that many workers, 2 are listed"),
         *[({name: 0}, f"{name} must be >= 1, found 0") for name in ("max_rows", "max_running", "max_waiting", "kv_tokens")],

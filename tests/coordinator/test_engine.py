@@ -15,7 +15,7 @@ from coordinator.observer import Observer
 from coordinator.request import FinishReason, Request
 from coordinator.sampler import Choice
 from coordinator.scheduler import Limits, Step
-from coordinator.sequence import Sequence
+from coordinator.sequence import Sequence, SequenceId
 from protos.errors import InvalidArgument, MeshError, NotServing, OutOfMemory, QueueFull, WorkerLost
 
 LIMITS = Limits(num_pages=100, page_tokens=4, max_rows=16)
@@ -162,6 +162,13 @@ async def test_failed_step_draws_nothing_and_the_replay_goes_on_with_the_same_to
     assert 0 < len(resumed) < failures
     assert [task.result() for task in collecting] == [expected(prompt, 12) for prompt in prompts]
     assert engine.statistics.completion_tokens == 36
+
+
+def test_an_interruption_of_nobody_is_over_at_once() -> None:
+    engine, resumed = engine_of(), list[int]()
+    engine.interrupt(WorkerLost("worker 1 died"), lambda: resumed.append(1))
+    engine.submit(Request("r", (1,), 1)).cancel()
+    assert resumed == [1]
 
 
 async def test_fail_ends_every_stream_exactly_once_with_the_error() -> None:
@@ -316,15 +323,25 @@ async def test_an_observer_hears_why_requests_end_or_never_begin() -> None:
     ]
 
 
-async def test_limits_can_be_changed_while_nobody_asks() -> None:
+async def test_another_mesh_may_be_of_another_size() -> None:
     engine = engine_of(Limits(num_pages=1, page_tokens=4))
     engine.refusal = NotServing("loading")
     with pytest.raises(NotServing):
         engine.submit(Request("r", (1,), 100))
-    engine.resize(Limits(num_pages=100, page_tokens=4))
+    engine.move(Limits(num_pages=100, page_tokens=4), SequenceId(7))
     engine.refusal = None
     assert engine.max_tokens == 200
     assert engine.scheduler.limits.num_pages == 100
-    engine.submit(Request("r", (1,), 100))
-    with pytest.raises(ValueError, match="cannot be resized"):
-        engine.resize(Limits(num_pages=1, page_tokens=4))
+    engine.submit(Request("r", (1, 2, 3), 100))
+    step = engine.scheduler.schedule()
+    assert step is not None
+    # What the canary left on the workers.
+    assert step.released == (7,)
+    assert engine.scheduler.needed_tokens == 103
+    with pytest.raises(ValueError, match="pages of another mesh"):
+        engine.move(Limits(num_pages=50, page_tokens=4), SequenceId(8))
+    engine.interrupt(None, when_resumed=lambda: None)
+    engine.move(Limits(num_pages=50, page_tokens=4), SequenceId(8))
+    step = engine.scheduler.schedule()
+    assert step is not None
+    assert (step.released, step.rows[0].position, step.rows[0].num_rows) == ((8,), 0, 3)

@@ -14,3 +14,34 @@ def test_parts_are_summed_over_recoveries_the_latest_as_it_goes() -> None:
     assert recoveries.failures == {"WORKER_LOST": 1, "WRONG_RESULT": 1}
     assert recoveries.latest is latest
     assert latest.stall_ns == 30
+
+
+def told_of(recoveries: Recoveries) -> list[tuple[str, str]]:
+    told: list[tuple[str, str]] = []
+    recoveries.on_end = lambda reason, recovery: told.append((reason, recovery.failure))
+    return told
+
+
+def test_a_recovery_is_over_when_the_mesh_is_whole_and_the_last_request_goes_on_in_either_order() -> None:
+    recoveries = Recoveries()
+    told = told_of(recoveries)
+    for failure in ("a died", "b died"):
+        recovery = Recovery(failure)
+        recoveries.begin("WORKER_LOST", recovery)
+        steps = [recovery.note_whole, recovery.note_resumed]
+        for step in steps if failure == "a died" else reversed(steps):
+            assert ("WORKER_LOST", failure) not in told
+            step()
+        recovery.end()
+        assert (recovery.replay_ns > 0) == (failure == "a died")
+    assert told == [("WORKER_LOST", "a died"), ("WORKER_LOST", "b died")]
+
+
+def test_a_recovery_whose_replays_the_next_failure_cuts_short_is_over_then() -> None:
+    recoveries = Recoveries()
+    told = told_of(recoveries)
+    first = Recovery("a died")
+    recoveries.begin("WORKER_LOST", first)
+    first.note_whole()
+    recoveries.begin("WRONG_RESULT", Recovery("b lies"))
+    assert told == [("WORKER_LOST", "a died")]

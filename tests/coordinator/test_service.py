@@ -20,7 +20,16 @@ from coordinator.scheduler import Limits, Step
 from coordinator.sequence import Sequence
 from coordinator.service import CompletionText, GenerationService
 from protos import rpc
-from protos.errors import InvalidArgument, MeshError, NotServing, QueueFull, WorkerLost, error_reason, from_rpc_error
+from protos.errors import (
+    InvalidArgument,
+    MeshError,
+    NotServing,
+    QueueFull,
+    TopologyError,
+    WorkerLost,
+    error_reason,
+    from_rpc_error,
+)
 from protos.generation_pb2 import (
     FINISH_REASON_LENGTH,
     FINISH_REASON_STOP,
@@ -30,6 +39,7 @@ from protos.generation_pb2 import (
     GenerateResponse,
     GetMeshResponse,
     GetModelRequest,
+    ReshardRequest,
     Sampling,
     TokenIds,
     Usage,
@@ -40,6 +50,7 @@ from protos.plan_pb2 import AttentionSpec
 from protos.tensor_pb2 import DTYPE_F32
 
 EOS = 0
+MOST_SHARDS = 4
 
 
 class FakeDetokenizer:
@@ -116,6 +127,7 @@ class Script:
 class Scene:
     def __init__(self, engine: Engine, script: Script, channel: grpc.aio.Channel) -> None:
         self.engine, self.script, self.channel = engine, script, channel
+        self.resharded: list[int] = []
         self.stub = GenerationStub(channel)
 
     async def all(self, request: GenerateRequest, timeout: float = 10.0) -> list[GenerateResponse]:  # noqa: ASYNC109  # the call's deadline
@@ -143,8 +155,13 @@ async def serve(folder: Path, tokenizer: FakeTokenizer | None, limits: Limits) -
     async def report() -> GetMeshResponse:
         raise RuntimeError("a secret of the inside")
 
+    async def reshard(num_shards: int) -> None:
+        if num_shards > MOST_SHARDS:
+            raise TopologyError("there are 4 heads")
+        scene.resharded.append(num_shards)
+
     status: Any = SimpleNamespace(report=report)
-    add_GenerationServicer_to_server(GenerationService(model_of(tokenizer), engine, status), server)
+    add_GenerationServicer_to_server(GenerationService(model_of(tokenizer), engine, status, reshard), server)
     address = f"unix:{folder}/s"
     server.add_insecure_port(address)
     await server.start()
@@ -152,8 +169,9 @@ async def serve(folder: Path, tokenizer: FakeTokenizer | None, limits: Limits) -
     async with grpc.aio.insecure_channel(
         address, options=rpc.channel_options(max_send_bytes=-1, max_receive_bytes=-1)
     ) as channel:
+        scene = Scene(engine, script, channel)
         try:
-            yield Scene(engine, script, channel)
+            yield scene
         finally:
             task.cancel()
             await server.stop(0)
@@ -354,7 +372,7 @@ async def test_deadline_ends_the_call_and_drops_its_sequence(scene: Scene) -> No
 
 async def test_stop_text_stops_the_work_though_the_caller_is_slow(scene: Scene) -> None:
     scene.script.text = b"ab" + b"x" * 80
-    service: Any = GenerationService(model_of(FakeTokenizer()), scene.engine, SimpleNamespace())
+    service: Any = GenerationService(model_of(FakeTokenizer()), scene.engine, SimpleNamespace(), reshard=None)
     context = SimpleNamespace(invocation_metadata=lambda: None)
     async with contextlib.aclosing(service.Generate(GenerateRequest(text="hi", stop=["b"]), context)) as responses:
         async for response in responses:
@@ -409,6 +427,19 @@ async def test_defect_reaches_no_caller(scene: Scene) -> None:
         await scene.channel.unary_unary("/shardmesh.v1.Generation/GetMesh", None, None)(b"", timeout=5)
     assert raised.value.code() is grpc.StatusCode.INTERNAL
     assert "secret" not in (raised.value.details() or "")
+
+
+async def test_another_number_of_shards_is_passed_on_or_refused(scene: Scene) -> None:
+    await scene.stub.Reshard(ReshardRequest(num_shards=MOST_SHARDS), timeout=5)
+    assert scene.resharded == [MOST_SHARDS]
+    for num_shards, code, text in (
+        (0, grpc.StatusCode.INVALID_ARGUMENT, "num_shards must be >= 1, found 0"),
+        (5, grpc.StatusCode.FAILED_PRECONDITION, "there are 4 heads"),
+    ):
+        with pytest.raises(grpc.aio.AioRpcError, match=text) as raised:
+            await scene.stub.Reshard(ReshardRequest(num_shards=num_shards), timeout=5)
+        assert raised.value.code() is code
+    assert scene.resharded == [MOST_SHARDS]
 
 
 async def test_model_is_described(scene: Scene) -> None:

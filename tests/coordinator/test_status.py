@@ -32,27 +32,34 @@ class FakePool:
         return Survey(reports, {"b:1": WorkerLost("worker b:1: connection refused")})
 
 
-def status(fanout: Any) -> MeshStatus:
+def status(fanout: Any, wanted: int = 2, obstacle: str = "") -> MeshStatus:
     engine = Engine(Limits(num_pages=9, page_tokens=4, max_running=1), vocabulary=10, context=30)
     engine.submit(Request("r", (1, 2, 3, 4, 5), 3))
     engine.submit(Request("r", (1,), 3))
     engine.scheduler.schedule()
     plan: Any = SimpleNamespace(digest=b"p" * 32, shards=(None, None))
     pool: Any = FakePool()
-    return MeshStatus(pool, plan, engine, Recoveries(), fanout)
+    resharding: Any = SimpleNamespace(present=plan, wanted=SimpleNamespace(shards=(None,) * wanted), obstacle=obstacle)
+    return MeshStatus(pool, resharding, engine, Recoveries(reshards=3), fanout)
 
 
 async def test_serving_spare_and_lost_workers_are_told_apart_in_the_order_given() -> None:
     mesh = await status(SimpleNamespace(epoch=6, addresses=("a:1", "b:1"))).report()
     assert (mesh.serving, mesh.epoch, mesh.num_shards, mesh.plan_digest) == (True, 6, 2, b"p" * 32)
+    assert (mesh.wanted_shards, mesh.reshard_obstacle, mesh.recovery.reshards) == (2, "", 3)
     found = [(worker.address, worker.reachable, worker.serving, worker.shard, worker.error) for worker in mesh.workers]
     assert found == [
-        ("a:1", True, True, 1, ""),
+        ("a:1", True, True, 0, ""),
         ("b:1", False, False, 0, "worker b:1: connection refused"),
         ("c:1", True, False, 0, ""),
     ]
     first = mesh.workers[0]
     assert (first.version, first.device, first.num_threads, first.weights_bytes, first.kv_bytes) == ("1.2", "cpu", 3, 7, 5)
+
+
+async def test_what_is_wanted_and_what_is_in_its_way() -> None:
+    mesh = await status(None, wanted=4, obstacle="4 shards need 4 workers").report()
+    assert (mesh.num_shards, mesh.wanted_shards, mesh.reshard_obstacle) == (2, 4, "4 shards need 4 workers")
 
 
 async def test_load_is_counted() -> None:

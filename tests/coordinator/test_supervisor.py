@@ -2,32 +2,46 @@
 
 import asyncio
 import contextlib
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Iterable
 from contextlib import asynccontextmanager
 from typing import Any
 
 import pytest
 import torch
 
-from coordinator import supervisor
 from coordinator.completion import Completion
 from coordinator.engine import Engine
+from coordinator.mesh import Blueprint
+from coordinator.proof import Prover
 from coordinator.request import Request
+from coordinator.resharding import Resharding
 from coordinator.sampler import Choice
 from coordinator.scheduler import SUSPECT_AFTER, Limits, Step
 from coordinator.sequence import Sequence
 from coordinator.supervisor import Supervisor
 from protos import rpc
-from protos.errors import MeshError, NotServing, WorkerLost, WrongResult
-from protos.tensor_pb2 import DTYPE_F32
+from protos.errors import MeshError, NotServing, OutOfMemory, WorkerLost, WrongResult
 
 CANARY = "canary"
+OFTEN = 6
+
+
+class FakePlan:
+    """Of so many shards."""
+
+    def __init__(self, num_shards: int) -> None:
+        self.shards = (None,) * num_shards
+        self.digest = bytes([num_shards]) * 32
 
 
 class FakeMesh:
-    """A fan-out of two workers that lasts for so many steps of callers, in which `poison` is the first token of no request."""
+    """A mesh of two workers that lasts for so many steps of callers, in which `poison` is the first token of no request.
+
+    It is its own fan-out, forward and head.
+    """
 
     def __init__(self, epoch: int, steps: float, error: Exception | None = None, *, canary: int = 1, poison: int = -1) -> None:
+        self.fanout = self.forward = self.head = self
         self.epoch, self.steps, self.closed = epoch, steps, False
         self.error = error or WorkerLost(f"worker died in epoch {epoch}", shards=(1,))
         self.addresses = (f"a{epoch}", f"b{epoch}")
@@ -42,31 +56,19 @@ class FakeMesh:
         await self.broken.wait()
         raise WorkerLost("the session ended", shards=(0,))
 
-
-class FakeForward:
-    def __init__(self, spec: Any, resident: Any, fanout: FakeMesh, wire: int) -> None:
-        del spec, resident, wire
-        self.mesh = fanout
-
     async def run(self, step: Step, number: int) -> torch.Tensor:
         del number
-        mesh = self.mesh
         await asyncio.sleep(0)
-        assert not mesh.closed
+        assert not self.closed
         if step.rows[0].sequence.request.request_id == CANARY:
-            if not mesh.canary:
-                raise WorkerLost(f"the canary died in epoch {mesh.epoch}", shards=(0,))
+            if not self.canary:
+                raise WorkerLost(f"the canary died in epoch {self.epoch}", shards=(0,))
         else:
-            mesh.rows.append([rows.sequence.request.prompt[0] for rows in step.rows])
-            mesh.steps -= 1
-            if mesh.steps < 0 or mesh.poison in mesh.rows[-1]:
-                raise mesh.error
-        return torch.full((sum(rows.samples for rows in step.rows), 1), mesh.canary)
-
-
-class FakeHead:
-    def __init__(self, *_: Any) -> None:
-        pass
+            self.rows.append([rows.sequence.request.prompt[0] for rows in step.rows])
+            self.steps -= 1
+            if self.steps < 0 or self.poison in self.rows[-1]:
+                raise self.error
+        return torch.full((sum(rows.samples for rows in step.rows), 1), self.canary)
 
     async def choose(self, hidden: torch.Tensor, sequences: list[Sequence], step: int) -> list[Choice]:
         del step
@@ -75,49 +77,78 @@ class FakeHead:
         return [Choice(sequence.num_tokens) for sequence in sequences]
 
 
-class Scene:
-    """A supervisor, and the meshes that it will be given: a mesh, or why there is none."""
+class FakeBuilder:
+    """Gives the meshes of a list: a mesh, or why there is none; with room beside a mesh that serves, or without."""
 
-    def __init__(self, meshes: list[FakeMesh | Exception], recovery_s: float) -> None:
-        self.engine = Engine(Limits(num_pages=100, page_tokens=4), vocabulary=100, context=400)
+    def __init__(self, meshes: list[FakeMesh | Exception]) -> None:
         self.meshes = meshes
-        self.serving: list[str] = []
+        self.built: list[tuple[int, tuple[str, ...]]] = []
         self.blamed: list[str] = []
-        self.exhausted = asyncio.Event()
-        self.whole = asyncio.Event()
-        self.supervisor = Supervisor(
-            engine=self.engine,
-            spec=None,  # type: ignore[arg-type]
-            resident=None,  # type: ignore[arg-type]
-            wire=DTYPE_F32,
-            shard_vocabularies=(),
-            assemble=self._assemble,  # type: ignore[arg-type]
-            wait_changed=lambda _: asyncio.sleep(0),
-            blame=lambda _, addresses: self.blamed.extend(addresses),
-            on_serving=self._note,  # type: ignore[arg-type]
-            recovery_s=recovery_s,
-        )
+        self.exhausted, self.tried_often = asyncio.Event(), asyncio.Event()
+        self.may_build = asyncio.Event()
+        self.may_build.set()
+        self.has_room = True
+        self.num_pages = 100
 
-    async def _assemble(self) -> FakeMesh:
+    async def plan(self, num_shards: int) -> FakePlan:
+        return FakePlan(num_shards)
+
+    async def draw(self, plan: FakePlan, least_tokens: int = 0) -> Blueprint:
+        limits = Limits(num_pages=max(self.num_pages, -(-least_tokens // 4)), page_tokens=4)
+        return Blueprint(plan, limits)  # type: ignore[arg-type]
+
+    async def build(self, blueprint: Blueprint, beside: tuple[str, ...] = ()) -> FakeMesh:
         await asyncio.sleep(0)
+        await self.may_build.wait()
+        self.built.append((len(blueprint.plan.shards), beside))
+        if len(self.built) == OFTEN:
+            self.tried_often.set()
+        if beside and not self.has_room:
+            raise OutOfMemory("no room for both")
         if not self.meshes:
             self.exhausted.set()
             raise WorkerLost("nobody is there")
         mesh = self.meshes.pop(0)
         if isinstance(mesh, Exception):
             raise mesh
+        mesh.blueprint = blueprint
         return mesh
 
-    async def _note(self, fanout: FakeMesh | None) -> None:
-        self.serving.append(fanout.addresses[0] if fanout else "")
-        if fanout:
+    async def wait_changed(self, timeout_s: float) -> None:
+        del timeout_s
+        await asyncio.sleep(0)
+
+    def blame(self, error: MeshError, addresses: Iterable[str]) -> None:
+        del error
+        self.blamed.extend(addresses)
+
+
+class Scene:
+    """A supervisor, and the meshes that it will be given."""
+
+    def __init__(self, meshes: list[FakeMesh | Exception], recovery_s: float) -> None:
+        self.engine = Engine(Limits(num_pages=100, page_tokens=4), vocabulary=100, context=400)
+        self.builder = FakeBuilder(meshes)
+        self.meshes = meshes
+        self.serving: list[str] = []
+        self.whole = asyncio.Event()
+        builder: Any = self.builder
+        plan: Any = FakePlan(2)
+        prover = Prover(self.engine, builder)
+        self.resharding = Resharding(self.engine, builder, prover, None, present=plan, wanted=plan)
+        self.supervisor = Supervisor(
+            engine=self.engine,
+            builder=builder,
+            prover=prover,
+            resharding=self.resharding,
+            on_serving=self._note,  # type: ignore[arg-type]
+            recovery_s=recovery_s,
+        )
+
+    async def _note(self, mesh: FakeMesh | None) -> None:
+        self.serving.append(mesh.addresses[0] if mesh else "")
+        if mesh:
             self.whole.set()
-
-
-@pytest.fixture(autouse=True)
-def _patched(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(supervisor, "Forward", FakeForward)
-    monkeypatch.setattr(supervisor, "Head", FakeHead)
 
 
 @asynccontextmanager
@@ -145,7 +176,7 @@ async def test_requests_go_on_with_the_same_tokens_on_another_mesh() -> None:
         assert await asyncio.gather(*map(collect, completions)) == [list(range(1, 11)), list(range(5, 15))]
         assert (first.closed, second.closed, third.closed) == (True, True, False)
         assert scene.serving == ["a1", "", "a2", "", "a3"]
-        assert scene.blamed == ["b1", "b2"]
+        assert scene.builder.blamed == ["b1", "b2"]
         assert scene.engine.refusal is None
         recoveries = scene.supervisor.recoveries
         assert (recoveries.count, recoveries.failures) == (2, {"WORKER_LOST": 2})
@@ -163,7 +194,7 @@ async def test_a_mesh_that_breaks_while_nobody_asks_is_replaced_at_once() -> Non
         first.broken.set()
         await asyncio.wait_for(scene.whole.wait(), 5)
         assert scene.serving == ["a1", "", "a2"]
-        assert scene.blamed == ["a1"]
+        assert scene.builder.blamed == ["a1"]
         assert scene.supervisor.recoveries.latest is not None
         assert scene.supervisor.recoveries.latest.detect_ns == 0
         assert await collect(scene.engine.submit(Request("r", (1,), 3))) == [1, 2, 3]
@@ -194,7 +225,7 @@ async def test_a_mesh_with_another_canary_never_serves_and_newcomers_are_blamed(
     async with supervised(first, liar, sound) as scene:
         assert await collect(scene.engine.submit(Request("r", (0,), 10))) == list(range(1, 11))
         assert scene.serving == ["a1", "", "a3"]
-        assert scene.blamed == ["b1", "newcomer"]
+        assert scene.builder.blamed == ["b1", "newcomer"]
         assert liar.closed
         assert not liar.rows
 
@@ -210,17 +241,12 @@ async def test_requests_end_with_not_serving_when_no_mesh_can_be_had() -> None:
 
 async def test_requests_do_not_wait_longer_than_stated_for_a_mesh_that_loads_and_loads() -> None:
     async with supervised(FakeMesh(1, 2), recovery_s=0.02) as scene:
-        loading = asyncio.Event()
-
-        async def assemble() -> FakeMesh:
-            await loading.wait()
-            return FakeMesh(2, 1e9)
-
-        scene.supervisor.assemble = assemble  # type: ignore[assignment]
+        scene.builder.may_build.clear()
         with pytest.raises(NotServing, match="no full mesh: worker died in epoch 1"):
             await collect(scene.engine.submit(Request("r", (1,), 10)))
         scene.whole.clear()
-        loading.set()
+        scene.meshes.append(FakeMesh(2, 1e9))
+        scene.builder.may_build.set()
         await asyncio.wait_for(scene.whole.wait(), 5)
         assert await collect(scene.engine.submit(Request("r", (1,), 3))) == [1, 2, 3]
 
@@ -231,7 +257,7 @@ async def test_mesh_that_comes_back_after_giving_up_serves_again() -> None:
         # Without recovery the requests end at once, with what broke the mesh.
         with pytest.raises(NotServing, match="no full mesh: worker died in epoch 1"):
             await collect(completion)
-        await asyncio.wait_for(scene.exhausted.wait(), 5)
+        await asyncio.wait_for(scene.builder.exhausted.wait(), 5)
         scene.whole.clear()
         scene.meshes.append(FakeMesh(2, 1e9))
         await asyncio.wait_for(scene.whole.wait(), 5)
@@ -277,3 +303,88 @@ async def test_mesh_is_closed_when_the_supervisor_is_cancelled() -> None:
     async with supervised(mesh) as scene:
         await collect(scene.engine.submit(Request("r", (1,), 2)))
     assert mesh.closed
+
+
+async def test_a_mesh_is_cut_anew_beside_the_one_that_serves() -> None:
+    first, second = FakeMesh(1, 1e9), FakeMesh(2, 1e9)
+    async with supervised(first, second) as scene:
+        scene.builder.num_pages = 50
+        completion = scene.engine.submit(Request("r", (1,), 200))
+        tokens = completion.tokens()
+        assert [(await anext(tokens)).token for _ in range(3)] == [1, 2, 3]
+        await scene.resharding.ask(4)
+        assert [choice.token async for choice in tokens] == list(range(4, 201))
+        assert 0 < len(first.rows) < 200
+        assert first.closed
+        # Never without a mesh, and with room for the request that was there.
+        assert scene.serving == ["a1", "a2"]
+        assert scene.engine.scheduler.limits.kv_tokens >= 201
+        assert scene.builder.built == [(2, ()), (4, ("a1", "b1"))]
+        recoveries = scene.supervisor.recoveries
+        assert (recoveries.count, recoveries.failures, recoveries.reshards) == (0, {}, 1)
+        assert recoveries.latest is not None
+        assert (recoveries.latest.failure, recoveries.latest.detect_ns, recoveries.latest.assemble_ns) == ("", 0, 0)
+        assert recoveries.latest.replay_ns > 0
+        assert len(scene.resharding.present.shards) == 4
+        assert scene.resharding.obstacle == ""
+
+
+async def test_where_there_is_no_room_for_both_the_mesh_gives_way_once() -> None:
+    first, again, second = FakeMesh(1, 1e9), FakeMesh(2, 1e9), FakeMesh(3, 1e9)
+    async with supervised(first, WorkerLost("not there yet"), again) as scene:
+        scene.builder.has_room = False
+        completion = scene.engine.submit(Request("r", (1,), 300))
+        await asyncio.wait_for(scene.whole.wait(), 5)
+        await scene.resharding.ask(4)
+        # It is tried, and then the mesh that was there comes back, for as long as there is no room.
+        await asyncio.wait_for(scene.builder.tried_often.wait(), 5)
+        beside = (4, ("a2", "b2"))
+        assert scene.builder.built[:OFTEN] == [(2, ()), (4, ("a1", "b1")), (4, ()), (2, ()), beside, beside]
+        assert "no room for both" in scene.resharding.obstacle
+        scene.builder.has_room = True
+        scene.meshes.append(second)
+        assert await collect(completion) == list(range(1, 301))
+        assert scene.serving == ["a1", "", "a2", "a3"]
+        assert (scene.supervisor.recoveries.count, scene.supervisor.recoveries.reshards) == (0, 1)
+
+
+async def test_a_mesh_that_breaks_while_another_is_wanted_is_rebuilt_as_wanted() -> None:
+    first, second = FakeMesh(1, 1e9), FakeMesh(2, 1e9)
+    async with supervised(first, second) as scene:
+        completion = scene.engine.submit(Request("r", (1,), 50))
+        await asyncio.wait_for(scene.whole.wait(), 5)
+        scene.whole.clear()
+        scene.resharding.want(FakePlan(4))  # type: ignore[arg-type]
+        first.broken.set()
+        assert await collect(completion) == list(range(1, 51))
+        await asyncio.wait_for(scene.whole.wait(), 5)
+        assert (4, ()) in scene.builder.built
+        assert len(scene.resharding.present.shards) == 4
+        assert (scene.supervisor.recoveries.count, scene.supervisor.recoveries.reshards) == (1, 1)
+
+
+async def test_what_is_not_wanted_any_more_is_not_made() -> None:
+    first = FakeMesh(1, 1e9)
+    async with supervised(first) as scene:
+        await asyncio.wait_for(scene.whole.wait(), 5)
+        scene.builder.may_build.clear()
+        await scene.resharding.ask(4)
+        await asyncio.sleep(0)
+        await scene.resharding.ask(2)
+        late = FakeMesh(2, 1e9)
+        scene.meshes.append(late)
+        scene.builder.may_build.set()
+        assert await collect(scene.engine.submit(Request("r", (1,), 50))) == list(range(1, 51))
+        assert scene.serving == ["a1"]
+        assert scene.meshes == [late]
+
+
+async def test_a_next_mesh_with_another_canary_does_not_take_over() -> None:
+    first, liar, second = FakeMesh(1, 1e9), FakeMesh(2, 1e9, canary=7), FakeMesh(3, 1e9)
+    async with supervised(first, liar, second) as scene:
+        await asyncio.wait_for(scene.whole.wait(), 5)
+        await scene.resharding.ask(4)
+        assert await collect(scene.engine.submit(Request("r", (1,), 300))) == list(range(1, 301))
+        assert scene.serving == ["a1", "a3"]
+        assert liar.closed
+        assert not liar.rows

@@ -7,24 +7,27 @@ from typing import Any
 import pytest
 import structlog
 
-from coordinator.trace_context import bind_trace
+from coordinator.trace_context import CallerTrace, bind_trace, caller_trace
 
 TRACE, SPAN = "4bf92f3577b34da6a3ce929d0e0e4736", "00f067aa0ba902b7"
 
 
-def bound(*metadata: tuple[str, Any]) -> dict[str, Any]:
-    def bind() -> dict[str, Any]:
+def bound(*metadata: tuple[str, Any]) -> tuple[dict[str, Any], CallerTrace | None]:
+    def bind() -> tuple[dict[str, Any], CallerTrace | None]:
         structlog.contextvars.clear_contextvars()
         context: Any = SimpleNamespace(invocation_metadata=lambda: metadata or None)
         bind_trace(context)
-        return structlog.contextvars.get_contextvars()
+        return structlog.contextvars.get_contextvars(), caller_trace()
 
     return contextvars.copy_context().run(bind)
 
 
-@pytest.mark.parametrize("value", [f"00-{TRACE}-{SPAN}-01", f"00-{TRACE}-{SPAN}-00", f"cc-{TRACE}-{SPAN}-01-what.comes"])
-def test_the_trace_id_is_bound(value: str) -> None:
-    assert bound(("user-agent", "x"), ("traceparent", value)) == {"trace_id": TRACE}
+@pytest.mark.parametrize(
+    ("value", "flags"),
+    [(f"00-{TRACE}-{SPAN}-01", 1), (f"00-{TRACE}-{SPAN}-00", 0), (f"cc-{TRACE}-{SPAN}-83-what.comes", 0x83)],
+)
+def test_the_trace_is_kept_and_its_id_is_bound(value: str, flags: int) -> None:
+    assert bound(("user-agent", "x"), ("traceparent", value)) == ({"trace_id": TRACE}, CallerTrace(TRACE, SPAN, flags))
 
 
 @pytest.mark.parametrize(
@@ -42,4 +45,4 @@ def test_the_trace_id_is_bound(value: str) -> None:
     ],
 )
 def test_anything_else_is_passed_over(metadata: tuple[tuple[str, Any], ...]) -> None:
-    assert bound(*metadata) == {}
+    assert bound(*metadata) == ({}, None)

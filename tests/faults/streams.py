@@ -159,10 +159,14 @@ def broken_differences(stream: Stream, found: Outcome, expected: Outcome, codes:
 class Caller:
     """A channel to one coordinator that hides nothing of what comes."""
 
-    def __init__(self, address: str) -> None:
-        """Make the channel."""
+    def __init__(self, address: str, credentials: grpc.ChannelCredentials | None = None) -> None:
+        """Make the channel; None: in plaintext."""
         options = rpc.channel_options(max_send_bytes=rpc.MAX_CALLER_BYTES, max_receive_bytes=rpc.MAX_CALLER_BYTES)
-        self._channel = grpc.aio.insecure_channel(address, options=options)
+        self._channel = (
+            grpc.aio.secure_channel(address, credentials, options=options)
+            if credentials
+            else grpc.aio.insecure_channel(address, options=options)
+        )
         self._stub = GenerationStub(self._channel)
         self._health = health_pb2_grpc.HealthStub(self._channel)
 

@@ -22,6 +22,7 @@ from coordinator.scheduler import Limits
 from coordinator.served_model import ServedModel
 from coordinator.service import GenerationService
 from protos import tensor_pb2
+from protos.errors import TopologyError
 from protos.rpc import PROTOCOL_VERSION
 from protos.shardworker_pb2 import ExecuteRequest, LoadRequest
 from shardworker.executor import Executor
@@ -135,13 +136,17 @@ class Mesh:
     head: Head
 
 
+async def _refuse_reshard(num_shards: int) -> None:
+    raise TopologyError(f"{num_shards} shards cannot be had here")
+
+
 class Serving:
     """The public service on a mesh."""
 
     def __init__(self, stack: Stack, mesh: Mesh) -> None:
         self.engine = stack.engine()
         status: Any = SimpleNamespace(report=None)
-        self.service = GenerationService(stack.model, self.engine, status)
+        self.service = GenerationService(stack.model, self.engine, status, _refuse_reshard)
         self.task = asyncio.ensure_future(self.engine.run(mesh.forward, mesh.head))
 
     async def generate(self, request: Any, most: int = 10**6, metadata: tuple[tuple[str, str | bytes], ...] = ()) -> list[Any]:

@@ -132,6 +132,22 @@ def test_coordctl_generates_with_a_certificate_and_a_key(closed: ClosedMesh) -> 
     assert json.loads(status.stdout)["serving"] is True
 
 
+def test_a_callers_key_does_not_change_the_mesh(closed: ClosedMesh) -> None:
+    result = closed.coordctl(*remote(closed, "reshard", "--shards", "1"), key=closed.key)
+    assert (result.returncode, result.stdout) == (1, "")
+    assert result.stderr.count("\n") == 1
+    assert "Reshard needs an operator's API key, found that of alice" in result.stderr
+    # An operator's gets past the guard, and asks for as many as there are.
+    key = run("api-key", "olga", "--file", closed.folder / "keys", "--operator").strip()
+    result = closed.coordctl(*remote(closed, "reshard", "--shards", "2", "--json"), key=key)
+    assert result.returncode == 0, result.stderr
+    found = json.loads(result.stdout)
+    assert (found["num_shards_before"], found["num_shards"], found["paused_s"]) == (2, 2, None)
+    assert [worker["shard"] for worker in found["workers"]] == [0, 1]
+    asked = [line for line in map(json.loads, closed.logs().splitlines()) if line["event"] == "reshard asked for"]
+    assert [(line["caller"], line["num_shards"]) for line in asked] == [("olga", 2)]
+
+
 @pytest.mark.parametrize(
     ("key", "text"), [(None, "no API key"), ("shardmesh_wrong", "not known here"), ("two words", "must hold one API key")]
 )
@@ -160,7 +176,7 @@ def test_grpcurl_calls_everything_with_a_certificate_and_a_key(closed: ClosedMes
 def test_grpcurl_without_a_key_may_ask_for_health_alone(closed: ClosedMesh) -> None:
     sources = ("-import-path", str(Path(__file__).parents[2]), "-proto", "protos/generation.proto")
     for key in (None, "shardmesh_wrong"):
-        for method in ("Generate", "GetModel", "GetMesh"):
+        for method in ("Generate", "GetModel", "GetMesh", "Reshard"):
             code, output = closed.grpcurl(closed.address, *sources, f"shardmesh.v1.Generation/{method}", key=key)
             assert code != 0
             assert "Code: Unauthenticated" in output

@@ -106,6 +106,8 @@ async def test_what_is_told_adds_up(mesh: MeshMaker, checkpoint: Path) -> None:
     assert value(text, "shardmesh_request_generation_tokens_count") == 3
     assert (value(text, "shardmesh_workers_reachable"), value(text, "shardmesh_spares")) == (3, 1)
     assert value(text, "shardmesh_serving") == value(text, "shardmesh_epoch") == 1
+    assert value(text, "shardmesh_shards") == value(text, "shardmesh_wanted_shards") == 2
+    assert value(text, "shardmesh_reshards_total") == 0
     # Three layers, attention and experts each, and the head.
     steps = value(text, 'shardmesh_steps_total{phase="decode"}')
     assert value(text, 'shardmesh_rounds_total{phase="decode"}') == 7 * steps

@@ -259,7 +259,7 @@ async def test_a_session_that_is_silent_ends_by_its_lease_and_its_memory_is_free
         await asyncio.sleep(0.5)
         assert (await running.client.mesh()).recovery.recoveries == 0
         # One that hangs does not.
-        monkeypatch.setattr("coordinator.engine.Engine.prove", lambda *_: asyncio.Event().wait())
+        monkeypatch.setattr("coordinator.engine.Engine._prove", lambda *_: asyncio.Event().wait())
         await _until(running, lambda found: found.workers[0].kv_bytes == 0)
 
 

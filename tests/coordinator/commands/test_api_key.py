@@ -23,6 +23,15 @@ def test_the_key_is_all_that_is_printed(tmp_path: Path) -> None:
     assert [hashlib.sha256(line.rstrip("\n").encode()).digest() for line in printed] == [key.digest for key in keys]
 
 
+def test_an_operator_is_one_by_a_flag(tmp_path: Path) -> None:
+    invoke(tmp_path / "k", "olga", "--operator", "--max-calls", "3")
+    invoke(tmp_path / "k", "alice")
+    assert [(key.name, key.max_calls, key.is_operator) for key in read_keys(tmp_path / "k")] == [
+        ("olga", 3, True),
+        ("alice", None, False),
+    ]
+
+
 def test_a_refusal_prints_no_key(tmp_path: Path) -> None:
     invoke(tmp_path / "k", "a")
     result = invoke(tmp_path / "k", "a")

@@ -135,3 +135,15 @@ def test_status_of_nobody_names_the_coordinator(tmp_path: Any) -> None:
     assert isinstance(result.exception, MeshError)
     assert f"coordinator unix:{tmp_path}/c" in str(result.exception)
     assert result.stdout == ""
+
+
+def test_opentelemetrys_own_variables_ask_for_traces_and_the_flag_has_the_last_word(
+    started: list[ServeSettings], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    invoke({})
+    monkeypatch.setenv("OTEL_EXPORTER_OTLP_ENDPOINT", "http://all:4317")
+    invoke({})
+    monkeypatch.setenv("OTEL_EXPORTER_OTLP_TRACES_ENDPOINT", "http://traces:4317")
+    invoke({})
+    invoke({"--trace-to": "https://flag:4317"})
+    assert [settings.trace_to for settings in started] == [None, "http://all:4317", "http://traces:4317", "https://flag:4317"]

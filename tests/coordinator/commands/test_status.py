@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 from typing import TYPE_CHECKING, Any, Self
 
 import pytest
@@ -10,7 +11,7 @@ from click.testing import CliRunner
 
 from coordinator.client import Credentials
 from coordinator.commands import status as command
-from protos.generation_pb2 import GetMeshResponse, GetModelResponse, MeshLoad, MeshWorker
+from protos.generation_pb2 import GetMeshResponse, GetModelResponse, MeshLoad, MeshRecovery, MeshWorker
 
 if TYPE_CHECKING:
     from types import TracebackType
@@ -22,6 +23,7 @@ MESH = GetMeshResponse(
     plan_digest=bytes(range(32)),
     epoch=6,
     num_shards=2,
+    wanted_shards=2,
     workers=[
         MeshWorker(
             address=LONG, reachable=True, serving=True, shard=1, version="1.2.3", device="cpu", num_threads=3, kv_bytes=3 * 2**29
@@ -75,3 +77,22 @@ def test_json_is_one_object(monkeypatch: pytest.MonkeyPatch) -> None:
     assert found["plan_digest"] == bytes(range(32)).hex()
     assert [worker["error"] for worker in found["workers"]] == ["", ERROR, ""]
     assert found["load"]["preemptions"] == 5
+
+
+@pytest.mark.parametrize(("obstacle", "told"), [("3 of 4 [workers] answer", "3 of 4 [workers] answer"), ("", "under way")])
+def test_a_mesh_that_is_cut_anew_says_so_and_what_is_in_the_way(
+    monkeypatch: pytest.MonkeyPatch, obstacle: str, told: str
+) -> None:
+    monkeypatch.setattr(sys.modules[__name__], "MESH", GetMeshResponse(num_shards=2, wanted_shards=4, reshard_obstacle=obstacle))
+    assert f"4 shards are wanted: {told}" in printed(monkeypatch).splitlines()
+    found = json.loads(printed(monkeypatch, "--json"))
+    assert (found["wanted_shards"], found["reshard_obstacle"]) == (4, obstacle)
+
+
+def test_reshards_and_what_they_cost_are_shown_without_a_failure(monkeypatch: pytest.MonkeyPatch) -> None:
+    recovery = MeshRecovery(reshards=2, last_canary_ns=12 * 10**6)
+    monkeypatch.setattr(sys.modules[__name__], "MESH", GetMeshResponse(recovery=recovery))
+    line = printed(monkeypatch).splitlines()[-1]
+    assert line.startswith("failures: 0; recoveries: 0; reshards: 2; the latest noticed in 0 ms, ")
+    assert "proven in 12 ms" in line
+    assert json.loads(printed(monkeypatch, "--json"))["recovery"]["reshards"] == 2

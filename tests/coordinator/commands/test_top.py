@@ -28,6 +28,8 @@ def mesh_of(seconds: int) -> GetMeshResponse:
         serving=True,
         epoch=3,
         num_shards=1,
+        wanted_shards=2,
+        reshard_obstacle="1 of 2 [workers] answers",
         workers=[
             MeshWorker(address="[a]:1", reachable=True, serving=True, rounds=rounds, kv_bytes=3 * 2**20),
             MeshWorker(address="b:1", reachable=True),
@@ -35,7 +37,12 @@ def mesh_of(seconds: int) -> GetMeshResponse:
         ],
         load=MeshLoad(running=2, waiting=1, used_pages=3, total_pages=4, steps=5 * seconds, completion_tokens=7 * seconds),
         recovery=MeshRecovery(
-            failures={"WORKER_LOST": 2}, recoveries=2, last_failure="c:1 [died]", last_detect_ns=S, last_replay_ns=S // 2
+            failures={"WORKER_LOST": 2},
+            recoveries=2,
+            reshards=1,
+            last_failure="c:1 [died]",
+            last_detect_ns=S,
+            last_replay_ns=S // 2,
         ),
         proven_ago_ns=S // 10,
         hottest_experts=[ExpertHeat(layer=3, expert=17, share=0.25, over_mean=4.0)],
@@ -90,6 +97,7 @@ def test_json_is_one_object_with_numbers(monkeypatch: pytest.MonkeyPatch) -> Non
     found = json.loads(result.stdout)
     assert found["tokens_per_s"] > 0
     assert found["failures"] == {"WORKER_LOST": 2}
+    assert (found["num_shards"], found["wanted_shards"], found["reshards"]) == (1, 2, 1)
     assert found["workers"][0]["address"] == "[a]:1"
 
 
@@ -101,13 +109,16 @@ def test_people_see_workers_experts_and_what_broke(monkeypatch: pytest.MonkeyPat
         "3 MiB",
         "17 of layer 3",
         "25.0%",
-        "2 recoveries; failures: 2 WORKER_LOST",
+        "2 recoveries; failures: 2 WORKER_LOST; 1 reshards",
+        "2 shards are wanted: 1 of 2 [workers] answers",
         "c:1 [died]",
     ):
         assert text in shown
 
 
-@pytest.mark.parametrize(("arguments", "text"), [(("--json",), "say --once too"), ((), "needs a terminal: say --once")])
+@pytest.mark.parametrize(
+    ("arguments", "text"), [(("--json",), "say --once too"), ((), "needs a terminal that can move its cursor: say --once")]
+)
 def test_what_cannot_renew_itself_is_refused(monkeypatch: pytest.MonkeyPatch, arguments: tuple[str, ...], text: str) -> None:
     error = run(monkeypatch, *arguments).exception
     assert isinstance(error, InvalidArgument)
