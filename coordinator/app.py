@@ -156,6 +156,7 @@ class Coordinator:
             self._following.cancel()
         self._warmer.stop()
         await leaving
+        await self._look_no_more()
         # A little more, so that every stream gets its terminal status.
         await self._server.stop(grace=FAREWELL_S if grace_s else 0)
         if self._bound:
@@ -168,13 +169,18 @@ class Coordinator:
         await self._pool.close()
 
     async def _leave(self) -> None:
-        """Look for workers no more, and let another coordinator hand out plans: what runs here needs none."""
+        """Let another coordinator hand out plans, but see its workers: those of the streams that run here may go before these end."""
+        if self._looking:
+            await self._look_no_more()
+            self._looking = asyncio.create_task(self._neighbours.follow(self._pool.follow))
+            if self._neighbours.lease:
+                await self._neighbours.lease.release()
+
+    async def _look_no_more(self) -> None:
         looking, self._looking = self._looking, None
         if looking:
             looking.cancel()
             await asyncio.wait([looking])
-            if self._neighbours.lease:
-                await self._neighbours.lease.release()
 
     async def _start(self) -> None:
         settings = self.settings

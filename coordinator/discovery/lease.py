@@ -208,13 +208,13 @@ class KubernetesLease:
 
     def _read_shards(self) -> None:
         text = ((self._seen.get("metadata") or {}).get("annotations") or {}).get(SHARDS_ANNOTATION)
-        if text == self._shards_text:
+        if text is None or text == self._shards_text:
             return
         self._shards_text = text
-        if text is not None and not _NUMBER.fullmatch(text):
+        if not _NUMBER.fullmatch(text):
             log.error("the lease names no number of shards", lease=self.name, annotation=SHARDS_ANNOTATION, found=text[:32])
             return
-        self._shards = None if text is None else int(text)
+        self._shards = int(text)
         self._shards_changed.set()
 
     @property

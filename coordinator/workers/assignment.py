@@ -92,7 +92,7 @@ def _explain(plan: MeshPlan, reports: Iterable[WorkerReport], lease: PlanLease) 
     return PlanMismatch(
         f"workers hold plan {', '.join(sorted(map(_show, digests)))}, this coordinator's is {_show(plan.digest)}, and {holder} "
         f"Lease {lease.name}: it hands out nothing and waits for its plan or the Lease; coordinators that share workers need "
-        "the same --model, --shards, --dtype and --quantize"
+        "the same --model, --dtype and --quantize, and want the same number of shards"
     )
 
 

@@ -60,6 +60,7 @@ class FakeLease:
     def __init__(self, register: Register) -> None:
         self.register = register
         self.released = 0
+        self.heard_shards = True
 
     @property
     def holder(self) -> str:
@@ -68,6 +69,18 @@ class FakeLease:
     @property
     def term(self) -> int | None:
         return self.register.term if self.register.holder is self else None
+
+    @property
+    def shards(self) -> int | None:
+        return self.register.shards
+
+    async def wait_shards(self, known: int | None) -> int | None:
+        async with self.register.changed:
+            await self.register.changed.wait_for(lambda: self.heard_shards and self.register.shards != known)
+        return self.register.shards
+
+    async def ask_shards(self, num_shards: int) -> None:
+        await self.register.want(num_shards)
 
     async def begin_term_after(self, term: int) -> int:
         self.register.term = term + 1
@@ -83,11 +96,21 @@ class FakeLease:
 
 
 class Register:
-    """Who holds the lease."""
+    """Who holds the lease, and how many shards it says are wanted."""
 
     def __init__(self) -> None:
         self.holder: FakeLease | None = None
         self.term = 0
+        self.shards: int | None = None
+        self.changed = asyncio.Condition()
+
+    async def want(self, num_shards: int) -> None:
+        self.shards = num_shards
+        await self.tell()
+
+    async def tell(self) -> None:
+        async with self.changed:
+            self.changed.notify_all()
 
     def give(self, lease: FakeLease) -> None:
         self.holder = lease
@@ -345,7 +368,7 @@ async def test_a_coordinator_with_another_plan_says_so_once_and_touches_nothing(
     assert len((await mesh.generate(PROMPT, 8)).tokens) == 8
     mismatches = [line["error"] for line in lines if line["event"] == "no mesh yet" and line["reason"] == "PLAN_MISMATCH"]
     assert len(set(mismatches)) == len(mismatches)
-    assert "need the same --model, --shards, --dtype and --quantize" in mismatches[0]
+    assert "need the same --model, --dtype and --quantize, and want the same number of shards" in mismatches[0]
 
 
 async def test_a_new_lease_begins_above_the_terms_that_workers_have_seen(town: Town) -> None:
@@ -361,3 +384,90 @@ async def test_a_new_lease_begins_above_the_terms_that_workers_have_seen(town: T
         assert len((await mesh.generate(PROMPT, 4)).tokens) == 4
         await mesh.coordinator.stop(0)
     assert workers[0]._holding.assignment >> 32 == 8
+
+
+@pytest.mark.parametrize("late", [0, 1])
+async def test_coordinators_with_a_lease_change_the_number_of_shards_together(town: Town, late: int) -> None:
+    workers = [await town.worker() for _ in range(4)]
+    register, sources = Register(), [Script(), Script()]
+    leases = [FakeLease(register) for _ in range(2)]
+    for source in sources:
+        source.say(*(worker.address for worker in workers))
+    register.give(leases[0])
+    meshes = [await town.coordinator(town.settings(), sources[number], leases[number]) for number in range(2)]
+    expected = (await meshes[0].generate(PROMPT, 150)).tokens
+    streams = [asyncio.create_task(mesh.generate(PROMPT, 150)) for mesh in meshes]
+    for mesh in meshes:
+        await until(mesh.client, lambda found: found.load.running == 1)
+    # One of them hears of it later: the other changes, or waits until the holder has handed out the plan.
+    leases[late].heard_shards = False
+    await meshes[1 - late].client.reshard(4)
+    if late == 1:
+        await until(meshes[0].client, lambda found: found.num_shards == 4 and found.serving)
+    else:
+        await until(meshes[1].client, lambda found: "want the same number of shards" in found.reshard_obstacle)
+    found = await meshes[late].client.mesh()
+    assert (found.serving, found.num_shards, found.wanted_shards) == (True, 2, 2)
+    leases[late].heard_shards = True
+    await register.tell()
+    for mesh in meshes:
+        found = await until(mesh.client, lambda found: found.num_shards == 4 and found.serving)
+        assert (found.recovery.reshards, found.recovery.recoveries) == (1, 0)
+    assert [(await stream).tokens for stream in streams] == [expected, expected]
+    for mesh in meshes:
+        assert (await mesh.generate(PROMPT, 150)).tokens == expected
+    # All sessions of the former plan are over.
+    assert not any(worker._holding.held().former for worker in workers)
+
+
+async def test_the_lease_says_how_many_shards_where_no_flag_does(town: Town) -> None:
+    workers = [await town.worker() for _ in range(3)]
+    register, source = Register(), Script()
+    lease = FakeLease(register)
+    register.give(lease)
+    source.say(*(worker.address for worker in workers))
+    settings = town.settings(shards=None, discovery=DiscoverySettings("dns:none:1", lease="test/plan", startup_s=None))
+    starting = asyncio.create_task(town.coordinator(settings, source, lease))
+    await asyncio.sleep(0.05)
+    assert not starting.done()
+    await register.want(3)
+    mesh = await starting
+    assert (await mesh.client.mesh()).num_shards == 3
+    # What the model does not allow is told, and the mesh serves on.
+    await register.want(99)
+    found = await until(mesh.client, lambda found: bool(found.reshard_obstacle))
+    assert (found.serving, found.num_shards, found.wanted_shards) == (True, 3, 3)
+    await register.want(1)
+    await until(mesh.client, lambda found: found.num_shards == 1 and found.serving and not found.reshard_obstacle)
+
+
+async def test_a_lease_that_never_says_how_many_shards_ends_the_start(town: Town) -> None:
+    lease = FakeLease(Register())
+    discovery = DiscoverySettings("dns:none:1", lease="test/plan", startup_s=0.05)
+    with pytest.raises(NotServing, match="Lease test/plan does not say how many shards are wanted"):
+        await town.coordinator(town.settings(shards=None, discovery=discovery), Script(), lease)
+
+
+async def test_streams_of_a_coordinator_that_drains_outlive_all_its_workers(town: Town) -> None:
+    workers = [await town.worker() for _ in range(2)]
+    register, sources = Register(), [Script(), Script()]
+    leases = [FakeLease(register) for _ in range(2)]
+    for source in sources:
+        source.say(*(worker.address for worker in workers))
+    register.give(leases[0])
+    leaver = await town.coordinator(town.settings(), sources[0], leases[0])
+    stayer = await town.coordinator(town.settings(), sources[1], leases[1])
+    expected = (await leaver.generate(PROMPT, 60)).tokens
+    stream = asyncio.create_task(leaver.generate(PROMPT, 60))
+    await until(leaver.client, lambda found: found.load.running == 1)
+    leaving = asyncio.create_task(leaver.coordinator.stop(30))
+    register.give(leases[1])
+    # As in an upgrade of everything: workers are replaced while the coordinator that goes lets its streams run out.
+    for worker in workers:
+        await worker.stop(0)
+    newcomers = [await town.worker() for _ in range(2)]
+    for source in sources:
+        source.say(*(worker.address for worker in newcomers))
+    assert (await stream).tokens == expected
+    await leaving
+    assert (await stayer.generate(PROMPT, 60)).tokens == expected

@@ -12,7 +12,7 @@ import pytest
 from structlog.testing import capture_logs
 
 from coordinator.discovery import lease as lease_module
-from coordinator.discovery.lease import BELIEF_S, DURATION_S, KubernetesLease
+from coordinator.discovery.lease import BELIEF_S, DURATION_S, SHARDS_ANNOTATION, KubernetesLease
 from coordinator.discovery.target import LeaseTarget
 from protos.errors import InvalidArgument, NotServing
 from tests.coordinator.discovery.api_server import Answer, Asked, api_server, refusal, write_kubeconfig
@@ -53,6 +53,11 @@ class Store:
         self.version += 1
         self.lease = {**body, "metadata": {**body["metadata"], "resourceVersion": str(self.version), "uid": "u"}}
         return Answer(body=self.lease)
+
+    def annotate(self, shards: str | None) -> None:
+        assert self.lease
+        annotations = {} if shards is None else {SHARDS_ANNOTATION: shards}
+        self.keep({**self.lease, "metadata": {**self.lease["metadata"], "annotations": annotations}})
 
     def label(self) -> None:
         """Change something that is not of the coordinators."""
@@ -249,3 +254,63 @@ async def test_a_release_that_fails_is_only_logged(store: Store, clock: SimpleNa
 def test_identities_differ() -> None:
     target = LeaseTarget("mesh", "plan")
     assert KubernetesLease(target)._identity != KubernetesLease(target)._identity
+
+
+async def test_every_coordinator_hears_how_many_shards_are_wanted(store: Store, clock: SimpleNamespace, pair: Pair) -> None:
+    del clock
+    first, second = pair
+    await first._try()
+    await second._try()
+    assert (first.shards, second.shards) == (None, None)
+    waiting = asyncio.create_task(second.wait_shards(None))
+    store.annotate("4")
+    # The holder's write meets the change, and the next one keeps it.
+    await first._try()
+    await second._try()
+    assert (first.shards, second.shards, await waiting) == (4, 4, 4)
+    await first._try()
+    assert store.lease
+    assert store.lease["metadata"]["annotations"] == {SHARDS_ANNOTATION: "4"}
+    assert await second.wait_shards(2) == 4
+
+
+@pytest.mark.parametrize("text", ["", "0", "-2", "2.5", "two", "4 ", "123456"])
+async def test_what_is_no_number_of_shards_is_said_once_and_changes_nothing(
+    store: Store, clock: SimpleNamespace, pair: Pair, text: str
+) -> None:
+    del clock
+    first, _ = pair
+    await first._try()
+    store.annotate("2")
+    await first._try()
+    with capture_logs() as lines:
+        store.annotate(text)
+        for _ in range(3):
+            await first._try()
+    assert first.shards == 2
+    assert [line["event"] for line in lines] == ["the lease names no number of shards"]
+
+
+async def test_an_annotation_that_goes_away_changes_nothing(store: Store, clock: SimpleNamespace, pair: Pair) -> None:
+    del clock
+    first, _ = pair
+    await first._try()
+    store.annotate("2")
+    await first._try()
+    store.annotate(None)
+    await first._try()
+    assert first.shards == 2
+
+
+async def test_whoever_asks_for_shards_keeps_what_the_holder_wrote(store: Store, clock: SimpleNamespace, pair: Pair) -> None:
+    del clock
+    first, second = pair
+    await first._try()
+    # Another write comes between; it is tried again.
+    store.broken = [Answer(body=store.lease), Answer(409, refusal(409, "Conflict", "the object has been modified"))]
+    await second.ask_shards(4)
+    assert store.lease
+    assert (store.spec["holderIdentity"], store.lease["metadata"]["annotations"]) == ("first", {SHARDS_ANNOTATION: "4"})
+    store.broken = [Answer(403, refusal(403, "Forbidden", "leases plan is forbidden"))]
+    with pytest.raises(NotServing, match=r"Lease mesh/plan cannot be told how many shards are wanted: .*forbidden"):
+        await second.ask_shards(2)

@@ -5,13 +5,15 @@ from typing import Any
 
 import pytest
 
-from coordinator.planning.capacity import DEFAULT_KV_TOKENS, kv_pages
-from coordinator.planning.placement import WorkerReport
+from coordinator.planning.capacity import DEFAULT_KV_TOKENS, check_beside, kv_pages
+from coordinator.planning.placement import Placement, WorkerReport
 from protos.errors import OutOfMemory
-from protos.shardworker_pb2 import DescribeResponse
+from protos.shardworker_pb2 import WORKER_STATE_LOADED, DescribeResponse, Held
 
 # 1000 bytes of weights and 10 bytes of KV a token on the bigger shard.
-PLAN: Any = SimpleNamespace(weight_bytes=(1000, 600), kv_bytes_per_token=(5, 10))
+PLAN: Any = SimpleNamespace(
+    weight_bytes=(1000, 600), kv_bytes_per_token=(5, 10), digest=b"p" * 32, shards=(SimpleNamespace(page_tokens=16),) * 2
+)
 
 
 def worker(address: str, free: int, weights: int = 0) -> WorkerReport:
@@ -62,3 +64,33 @@ def test_single_page_that_fits_is_taken() -> None:
 def test_too_little_memory_is_refused_with_the_numbers(free: int, wanted: int | None, text: str) -> None:
     with pytest.raises(OutOfMemory, match=text):
         kv_pages(PLAN, [worker("a:1", free)], 16, wanted)
+
+
+@pytest.mark.parametrize(
+    ("workers", "fits"),
+    [
+        # Two pages of KV are 160 and 320 bytes.
+        ([worker("a:1", 1160, 500), worker("b:1", 920, 500)], True),
+        ([worker("a:1", 1159, 5000), worker("b:1", 920, 5000)], False),
+        ([worker("a:1", 1160), worker("b:1", 919)], False),
+        # On one host together.
+        ([worker("a:1", 2080), worker("a:2", 2080)], True),
+        ([worker("a:1", 2080), worker("a:2", 2079)], False),
+    ],
+)
+def test_a_mesh_beside_another_needs_memory_that_is_free_now(workers: list[WorkerReport], fits: bool) -> None:
+    placement = Placement(tuple(one.address for one in workers), ())
+    if fits:
+        check_beside(PLAN, placement, workers, num_pages=2)
+    else:
+        with pytest.raises(OutOfMemory, match="GiB free beside what it holds now, and its part of 2 shards takes"):
+            check_beside(PLAN, placement, workers, num_pages=2)
+
+
+def test_a_shard_that_is_held_already_needs_room_for_its_kv_only() -> None:
+    held = Held(state=WORKER_STATE_LOADED, plan_digest=b"p" * 32, shard=0)
+    workers = [
+        WorkerReport("a:1", DescribeResponse(memory_free_bytes=160, held=held, weights_bytes=1000)),
+        worker("b:1", 920),
+    ]
+    check_beside(PLAN, Placement(("a:1", "b:1"), ()), workers, num_pages=2)

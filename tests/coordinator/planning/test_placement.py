@@ -16,7 +16,7 @@ from coordinator.planning.plan import MeshPlan
 from coordinator.planning.slicing import most_shards
 from protos import plan_pb2 as pb
 from protos.errors import TopologyError
-from protos.shardworker_pb2 import WORKER_STATE_LOADED, WORKER_STATE_LOADING, DescribeResponse, Held
+from protos.shardworker_pb2 import WORKER_STATE_LOADED, WORKER_STATE_LOADING, DescribeResponse, FormerPlan, Held
 
 CONFIGS = Path(__file__).parents[2] / "data" / "configs"
 DIGEST = b"d" * 32
@@ -64,6 +64,13 @@ def test_of_two_holders_the_first_keeps_it() -> None:
 )
 def test_holder_of_something_else_has_no_claim(stale: WorkerReport) -> None:
     assert place(mesh(10, 10), [stale, worker("a", 100)]) == Placement(("b", "a"), ())
+
+
+def test_a_former_plan_is_held_too() -> None:
+    former = [FormerPlan(plan_digest=DIGEST, shard=1)]
+    held = Held(state=WORKER_STATE_LOADED, plan_digest=b"x" * 32, shard=0, former=former)
+    both = WorkerReport("a", DescribeResponse(held=held, memory_free_bytes=0))
+    assert place(mesh(10, 10), [both, worker("b", 100)]) == Placement(("b", "a"), ())
 
 
 def test_memory_of_an_old_plan_counts_as_free() -> None:

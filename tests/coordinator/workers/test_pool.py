@@ -40,11 +40,11 @@ from protos.shardworker_pb2_grpc import ShardWorkerServicer, add_ShardWorkerServ
 DIGEST = b"p" * 32
 
 
-def plan_of(num_shards: int) -> Any:
+def plan_of(num_shards: int, digest: bytes = DIGEST) -> Any:
     return SimpleNamespace(
-        shards=tuple(ShardPlan(shard=shard, num_shards=num_shards) for shard in range(num_shards)),
+        shards=tuple(ShardPlan(shard=shard, num_shards=num_shards, page_tokens=16) for shard in range(num_shards)),
         shard_digests=tuple(bytes([shard]) * 32 for shard in range(num_shards)),
-        digest=DIGEST,
+        digest=digest,
         weight_bytes=(100,) * num_shards,
         kv_bytes_per_token=(10,) * num_shards,
     )
@@ -429,3 +429,30 @@ async def test_who_cannot_be_used_is_logged_once_for_each_reason(cluster: Cluste
             (await assemble(pool)).close()
         said = [line["error"] for line in lines if line["event"] == "worker cannot be used"]
         assert [f"speaks protocol {rpc.PROTOCOL_VERSION + number}" in text for number, text in enumerate(said, 1)] == [True, True]
+
+
+async def test_a_mesh_beside_another_takes_other_workers_first_and_ends_no_session(cluster: Cluster) -> None:
+    async with cluster(4) as (pool, workers):
+        addresses = addresses_of(pool)
+        first = await assemble(pool)
+        next_plan = plan_of(3, b"q" * 32)
+        beside = await pool.assemble(next_plan, Path("/model"), 12, lambda _: None, beside=first.addresses)
+        assert beside.addresses == (addresses[2], addresses[3], addresses[0])
+        assert [worker.loads[-1].beside for worker in workers] == [True, False, True, True]
+        assert [worker.loads[-1].assignment for worker in workers] == [1, 1, 1, 1]
+        # Each plan has its own identity: the epochs of one end no sessions of the other.
+        assert len({worker.executes[-1].open.coordinator for worker in workers}) == 2
+        assert [worker.sessions_open for worker in workers] == [2, 1, 1, 1]
+        first.close()
+        beside.close()
+
+
+async def test_without_room_for_both_nothing_is_loaded(cluster: Cluster) -> None:
+    async with cluster(2) as (pool, workers):
+        first = await assemble(pool)
+        for worker in workers:
+            worker.description.memory_free_bytes = 150
+        with pytest.raises(OutOfMemory, match="beside what it holds now"):
+            await pool.assemble(plan_of(1, b"q" * 32), Path("/model"), 12, lambda _: None, beside=first.addresses)
+        assert [len(worker.loads) for worker in workers] == [1, 1]
+        first.close()
