@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import time
 from collections import Counter
 from collections.abc import Callable
@@ -23,6 +24,8 @@ class Recovery:
     """What broke the mesh, for people; empty if it was cut anew."""
     obstacle: str = ""
     """Why there was no other mesh at the latest attempt that failed; empty if none did."""
+    obstructed: asyncio.Event = field(default_factory=asyncio.Event)
+    """Set once an attempt failed."""
     detect_ns: int = 0
     """From the start of the step that broke; 0 if none was under way."""
     assemble_ns: int = 0
@@ -39,6 +42,11 @@ class Recovery:
     on_end: Callable[[], None] = lambda: None
     """Called once, when another mesh serves and no interrupted request waits for its next token."""
     _resumed: bool = False
+
+    def note_obstacle(self, error: Exception) -> None:
+        """Take note of why an attempt failed."""
+        self.obstacle = str(error)
+        self.obstructed.set()
 
     def note_whole(self) -> None:
         """Take note that another mesh serves."""

@@ -88,6 +88,9 @@ class Resharding:
     def want(self, plan: MeshPlan) -> None:
         """Have the mesh cut by another plan, from now on."""
         if plan.digest == self.wanted.digest:
+            if self.wanted is self.present:
+                # Of a number that could not be.
+                self.obstacle = ""
             return
         log.info("another number of shards is wanted", shards=len(plan.shards), present=len(self.present.shards))
         self.wanted = self.present if plan.digest == self.present.digest else plan

@@ -47,7 +47,7 @@ class Supervisor:
     on_serving: Callable[[Mesh | None], Awaitable[None]]
     """Told of the mesh that serves from now on, or that none does."""
     recovery_s: float
-    """How long requests wait for another mesh, seconds."""
+    """How long requests wait for another mesh when theirs broke, seconds."""
     recoveries: Recoveries = field(default_factory=Recoveries)
     # Of the mesh that serves, or served last.
     _blueprint: Blueprint | None = None
@@ -136,12 +136,13 @@ class Supervisor:
         return error
 
     async def _recover(self, recovery: Recovery) -> Mesh:
-        """Try until there is a mesh that is right; after `recovery_s` end the requests that wait for it."""
+        """Try until there is a mesh that is right; once patience is over end the requests that wait for it."""
         started_ns = time.monotonic_ns()
         attempts = asyncio.ensure_future(until_mesh(lambda: self._attempt(recovery, started_ns), self.builder.wait_changed))
+        patience = asyncio.ensure_future(self._patience(recovery))
         try:
-            if self.recovery_s:
-                await asyncio.wait([attempts], timeout=self.recovery_s)
+            if self.recovery_s or not recovery.failure:
+                await asyncio.wait([attempts, patience], return_when=asyncio.FIRST_COMPLETED)
             given_up: NotServing | None = None
             if not attempts.done():
                 given_up = NotServing(f"no full mesh: {recovery.obstacle or recovery.failure or 'it is being cut anew'}")
@@ -150,6 +151,7 @@ class Supervisor:
             mesh = await attempts
         finally:
             attempts.cancel()
+            patience.cancel()
         # Another refusal, because the coordinator shuts down, stays.
         if given_up and self.engine.refusal is given_up:
             self.engine.refusal = None
@@ -166,6 +168,12 @@ class Supervisor:
         )
         return mesh
 
+    async def _patience(self, recovery: Recovery) -> None:
+        """Wait as long as requests do: from a failure on; a mesh that gave way may take its time, as long as nothing fails."""
+        if not recovery.failure:
+            await recovery.obstructed.wait()
+        await asyncio.sleep(self.recovery_s)
+
     async def _attempt(self, recovery: Recovery, started_ns: int) -> Mesh:
         """Make the mesh that is wanted, or else once more the one that was there."""
         wanted, present = self.resharding.wanted, self.resharding.present
@@ -175,10 +183,11 @@ class Supervisor:
             except MeshError as error:
                 if wanted is present:
                     raise
-                self.resharding.obstacle = recovery.obstacle = str(error)
+                self.resharding.obstacle = str(error)
+                recovery.note_obstacle(error)
                 return await self._make(present, recovery, started_ns)
         except MeshError as error:
-            recovery.obstacle = str(error)
+            recovery.note_obstacle(error)
             raise
 
     async def _make(self, plan: MeshPlan, recovery: Recovery, started_ns: int) -> Mesh:

@@ -348,6 +348,34 @@ async def test_where_there_is_no_room_for_both_the_mesh_gives_way_once() -> None
         assert (scene.supervisor.recoveries.count, scene.supervisor.recoveries.reshards) == (0, 1)
 
 
+async def test_requests_wait_for_a_mesh_that_gave_way_as_long_as_nothing_fails() -> None:
+    first, second = FakeMesh(1, 1e9), FakeMesh(2, 1e9)
+    async with supervised(first, recovery_s=0.02) as scene:
+        scene.builder.has_room = False
+        completion = scene.engine.submit(Request("r", (1,), 100))
+        tokens = completion.tokens()
+        assert (await anext(tokens)).token == 1
+        await scene.resharding.ask(4)
+        while "" not in scene.serving:
+            await scene.builder.wait_changed(0)
+        scene.builder.may_build.clear()
+        # Longer than for a mesh that broke.
+        await asyncio.sleep(0.1)
+        scene.meshes.append(second)
+        scene.builder.may_build.set()
+        assert [choice.token async for choice in tokens] == list(range(2, 101))
+
+
+async def test_requests_do_not_wait_for_ever_once_something_failed_after_the_mesh_gave_way() -> None:
+    async with supervised(FakeMesh(1, 1e9), recovery_s=0.02) as scene:
+        scene.builder.has_room = False
+        completion = scene.engine.submit(Request("r", (1,), 300))
+        await asyncio.wait_for(scene.whole.wait(), 5)
+        await scene.resharding.ask(4)
+        with pytest.raises(NotServing, match="no full mesh: nobody is there"):
+            await collect(completion)
+
+
 async def test_a_mesh_that_breaks_while_another_is_wanted_is_rebuilt_as_wanted() -> None:
     first, second = FakeMesh(1, 1e9), FakeMesh(2, 1e9)
     async with supervised(first, second) as scene:
@@ -377,6 +405,10 @@ async def test_what_is_not_wanted_any_more_is_not_made() -> None:
         assert await collect(scene.engine.submit(Request("r", (1,), 50))) == list(range(1, 51))
         assert scene.serving == ["a1"]
         assert scene.meshes == [late]
+        # What could not be is forgotten with it.
+        scene.resharding.obstacle = "99 shards"
+        await scene.resharding.ask(2)
+        assert scene.resharding.obstacle == ""
 
 
 async def test_a_next_mesh_with_another_canary_does_not_take_over() -> None:
