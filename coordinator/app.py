@@ -140,9 +140,11 @@ class Coordinator:
                 task.result()
 
     async def stop(self, grace_s: float) -> None:
-        """Refuse new requests, let the running ones finish within `grace_s` seconds, then stop. Idempotent."""
+        """Refuse new requests, let the running ones finish within `grace_s` seconds, then stop. Idempotent.
+
+        Workers are looked for and plans handed out to the end: workers may be replaced meanwhile, and nobody else need be there.
+        """
         await self._health.enter_graceful_shutdown()
-        leaving = asyncio.ensure_future(self._leave())
         if self._status and self._serving and not self._serving.done():
             engine = self._status.engine
             engine.refusal = NotServing("the coordinator is shutting down")
@@ -155,8 +157,7 @@ class Coordinator:
         if self._following:
             self._following.cancel()
         self._warmer.stop()
-        await leaving
-        await self._look_no_more()
+        await self._leave()
         # A little more, so that every stream gets its terminal status.
         await self._server.stop(grace=FAREWELL_S if grace_s else 0)
         if self._bound:
@@ -169,18 +170,13 @@ class Coordinator:
         await self._pool.close()
 
     async def _leave(self) -> None:
-        """Let another coordinator hand out plans, but see its workers: those of the streams that run here may go before these end."""
-        if self._looking:
-            await self._look_no_more()
-            self._looking = asyncio.create_task(self._neighbours.follow(self._pool.follow))
-            if self._neighbours.lease:
-                await self._neighbours.lease.release()
-
-    async def _look_no_more(self) -> None:
+        """Look for workers no more, and let another coordinator hand out plans."""
         looking, self._looking = self._looking, None
         if looking:
             looking.cancel()
             await asyncio.wait([looking])
+            if self._neighbours.lease:
+                await self._neighbours.lease.release()
 
     async def _start(self) -> None:
         settings = self.settings
@@ -209,6 +205,7 @@ class Coordinator:
             recovery_s=settings.recovery_s,
             recoveries=recoveries,
         )
+        self._following = asyncio.create_task(resharding.follow())
         await self._neighbours.wait_answered(ANSWER_S)
         mesh = await until_mesh(
             supervisor.start,
@@ -218,7 +215,6 @@ class Coordinator:
         )
         engine.refusal = None
         self._serving = asyncio.create_task(supervisor.run(mesh))
-        self._following = asyncio.create_task(resharding.follow())
 
     @property
     def _is_shared(self) -> bool:
@@ -227,21 +223,31 @@ class Coordinator:
 
     async def _choose_shards(self) -> int:
         settings, lease = self.settings, self._neighbours.lease
+        if lease and self._looking:
+            # What it says wins, because all others do what it says.
+            asked = asyncio.ensure_future(self._shards_of(lease))
+            timeout_s = ANSWER_S if settings.shards else settings.discovery.startup_s
+            await asyncio.wait([asked, self._looking], timeout=timeout_s, return_when=asyncio.FIRST_COMPLETED)
+            if asked.done():
+                return asked.result()
+            asked.cancel()
+            if self._looking.done():
+                self._looking.result()
+            if not settings.shards:
+                raise NotServing(f"Lease {lease.name} does not say how many shards are wanted: annotate it, or give --shards")
         if settings.shards:
             return settings.shards
-        if lease:
-            with contextlib.suppress(TimeoutError):
-                async with asyncio.timeout(settings.discovery.startup_s):
-                    return await self._shards_of(lease)
-            raise NotServing(f"Lease {lease.name} does not say how many shards are wanted: annotate it, or give --shards")
         # Not of those that answer by now: the mesh would be as large as who started first allows.
-        return default_shards(len(self.settings.workers), self.model.spec)
+        return default_shards(len(settings.workers), self.model.spec)
 
     async def _shards_of(self, lease: PlanLease) -> int:
-        """Wait until the lease says how many shards are wanted."""
-        log.info("waiting for the lease to say how many shards are wanted", lease=lease.name)
-        while (shards := await lease.wait_shards(None)) is None:
-            pass
+        """Give what the lease says, or else --shards; without either wait until the lease says it."""
+        await lease.wait_seen()
+        shards = lease.shards or self.settings.shards
+        if not shards:
+            log.info("waiting for the lease to say how many shards are wanted", lease=lease.name)
+        while not shards:
+            shards = await lease.wait_shards(None)
         return shards
 
     async def _wait_changed(self, timeout_s: float) -> None:

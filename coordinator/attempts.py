@@ -20,6 +20,8 @@ T = TypeVar("T")
 
 RETRY_S = 0.5
 """Pause between two attempts unless workers come or go meanwhile; half of it more or less."""
+PATIENT_S = 10.0
+"""To this the pause grows where another mesh serves meanwhile."""
 
 
 async def until_mesh(
@@ -28,6 +30,7 @@ async def until_mesh(
     *,
     timeout_s: float | None = None,
     heals: Callable[[MeshError], bool] = lambda _: True,
+    patient: bool = False,
 ) -> T:
     """Try until there is a mesh; what stands in the way is logged once, however often it is tried.
 
@@ -36,13 +39,14 @@ async def until_mesh(
         wait_changed: waits until workers come or go, but no longer than so many seconds.
         timeout_s: after how many seconds no other attempt is made; 0: only one is; None: for ever.
         heals: whether an error may go away by itself, without a change of this coordinator.
+        patient: whether another mesh serves meanwhile.
 
     Raises:
         MeshError: of the first attempt, if there is no second; of any, if it does not heal.
         NotServing: no mesh after `timeout_s`.
 
     """
-    started, told = time.monotonic(), ""
+    started, told, pause_s = time.monotonic(), "", RETRY_S
     while True:
         try:
             return await attempt()
@@ -55,9 +59,13 @@ async def until_mesh(
                 raise NotServing(f"no mesh within {timeout_s:g} s (--startup-timeout): {error}") from None
             if told != str(error):
                 told = str(error)
-                log.warning("no mesh yet", reason=error.reason, error=told)
+                if patient:
+                    log.info("no next mesh yet", reason=error.reason, error=told)
+                else:
+                    log.warning("no mesh yet", reason=error.reason, error=told)
         # Not in step with another coordinator that waits too.
-        await wait_changed(min(random.uniform(0.5, 1.5) * RETRY_S, left_s))  # noqa: S311
+        await wait_changed(min(random.uniform(0.5, 1.5) * pause_s, left_s))  # noqa: S311
+        pause_s = min(2 * pause_s, PATIENT_S) if patient else RETRY_S
 
 
 def heals_by_itself(error: MeshError) -> bool:

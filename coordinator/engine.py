@@ -61,7 +61,6 @@ class Engine:
         self._observer = observer or Observer()
         self.scheduler = Scheduler(limits)
         self.statistics = Statistics()
-        self.max_tokens = min(context, limits.kv_tokens)
         self.refusal: MeshError | None = None
         """Why no requests are taken at present; None if they are."""
         self.proven_ns = 0
@@ -70,7 +69,7 @@ class Engine:
         """When the step that is under way began; 0 if none is."""
         self._vocabulary = vocabulary
         self._context = context
-        self._canary = Canary(vocabulary, self.max_tokens, self._next_id)
+        self._canary = Canary(vocabulary, min(context, limits.kv_tokens), self._next_id)
         self._completions: dict[SequenceId, Completion] = {}
         self._num_arriving = 0
         # Requests that a broken mesh interrupted, until each has its next token; and who wants to know of the last one.
@@ -82,6 +81,22 @@ class Engine:
         self._last_id = 0
         self._last_number = 0
         self._step: Step | None = None
+
+    @property
+    def max_tokens(self) -> int:
+        """Most tokens of a request, prompt and completion together."""
+        return min(self._context, self.scheduler.most_tokens)
+
+    def expect(self, limits: Limits | None) -> bool:
+        """Take only requests that fit into the next mesh too, from now until `move`; None: there will be no other one.
+
+        Returns:
+            Whether all that were taken before fit.
+
+        """
+        present = self.scheduler.limits.kv_tokens
+        self.scheduler.most_tokens = min(present, limits.kv_tokens) if limits else present
+        return self.scheduler.needed_tokens <= self.scheduler.most_tokens
 
     def move(self, limits: Limits, left: SequenceId) -> None:
         """Go on with a mesh that has proven itself, on which no request has begun yet.
@@ -96,7 +111,6 @@ class Engine:
         """
         self.scheduler.resize(limits)
         self.scheduler.drop_kv(left)
-        self.max_tokens = min(self._context, limits.kv_tokens)
         self.proven_ns = time.monotonic_ns()
 
     @contextlib.contextmanager

@@ -10,6 +10,7 @@ from coordinator.config import WIRES
 from coordinator.forward import Forward
 from coordinator.head import Head
 from coordinator.planning.capacity import kv_pages
+from coordinator.planning.placement import place
 from coordinator.planning.plan import PAGE_TOKENS
 from coordinator.scheduler import Limits
 from protos.errors import TopologyError
@@ -94,20 +95,23 @@ class MeshBuilder:
             max_waiting=settings.max_waiting,
         )
 
-    async def draw(self, plan: MeshPlan, least_tokens: int = 0) -> Blueprint:
-        """Size a mesh by the memory that its workers have without what they hold now.
+    async def draw(self, plan: MeshPlan, least_tokens: int = 0, *, waits: bool = True) -> Blueprint:
+        """Size a mesh by the memory that its workers have without the weights that they hold now.
 
         Args:
             plan: of the mesh.
             least_tokens: of KV cache, for requests that are there already.
+            waits: whether workers that do not listen yet are waited for a little.
 
         Raises:
-            OutOfMemory: the workers have too little.
+            OutOfMemory: the workers have too little, perhaps because of what they keep for the mesh that serves.
+            TopologyError: they have too little even for the weights alone.
             MeshError: there are too few workers, or one that is needed cannot be used.
 
         """
-        survey = await self._pool.survey(wait_for_ready=True, enough=len(plan.shards))
+        survey = await self._pool.survey(wait_for_ready=waits, enough=len(plan.shards))
         self._pool.require(survey, len(plan.shards))
+        place(plan, survey.reports)
         num_pages = kv_pages(plan, survey.reports, PAGE_TOKENS, self._settings.kv_tokens)
         if num_pages * PAGE_TOKENS < least_tokens:
             num_pages = kv_pages(plan, survey.reports, PAGE_TOKENS, least_tokens)
@@ -131,6 +135,10 @@ class MeshBuilder:
         fanout = await self._pool.assemble(plan, self._model.files, blueprint.limits.num_pages, self._on_progress, beside=beside)
         vocabularies = tuple(shard.vocabulary.end - shard.vocabulary.start for shard in plan.shards)
         return Mesh(blueprint, fanout, Forward(self._model.spec, self._resident, fanout, wire), Head(fanout, wire, vocabularies))
+
+    async def tidy(self, plan: MeshPlan, serving: Sequence[str]) -> None:
+        """Have workers let go of what nobody uses while a plan is served; see `WorkerPool.tidy`."""
+        await self._pool.tidy(plan, self._model.files, serving)
 
     async def wait_changed(self, timeout_s: float) -> None:
         """Wait until workers come or go, but no longer than `timeout_s` seconds."""

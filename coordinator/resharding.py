@@ -22,12 +22,16 @@ if TYPE_CHECKING:
 
     from coordinator.discovery.interfaces import PlanLease
     from coordinator.engine import Engine
-    from coordinator.mesh import Mesh, MeshBuilder
+    from coordinator.mesh import Blueprint, Mesh, MeshBuilder
     from coordinator.planning.plan import MeshPlan
     from coordinator.proof import Prover
     from coordinator.sequence import SequenceId
 
 log = structlog.get_logger(__name__)
+
+SWEEPS = 3
+SWEEP_S = 5.0
+"""So often, with such pauses, workers are asked to let go of what nobody uses after a change: other coordinators change later."""
 
 _MS = 1_000_000
 
@@ -59,6 +63,7 @@ class Resharding:
     _asked: asyncio.Event = field(default_factory=asyncio.Event)
     # Whether the present mesh was given up for the wanted one already: once is enough.
     _gave_way: bool = False
+    _sweeps_left: int = 0
 
     async def ask(self, num_shards: int) -> None:
         """Want another number of shards, here and in all coordinators of the same lease.
@@ -94,14 +99,32 @@ class Resharding:
             return
         log.info("another number of shards is wanted", shards=len(plan.shards), present=len(self.present.shards))
         self.wanted = self.present if plan.digest == self.present.digest else plan
-        self.obstacle, self._gave_way = "", False
+        self.obstacle, self._gave_way, self._sweeps_left = "", False, SWEEPS
         self._asked.set()
+
+    async def draw(self, plan: MeshPlan, *, waits: bool) -> Blueprint:
+        """Size a mesh for all requests that are there; those that come from now on must fit as well, until it serves.
+
+        Args:
+            plan: of the mesh.
+            waits: see `MeshBuilder.draw`.
+
+        Raises:
+            MeshError: see there.
+
+        """
+        while True:
+            blueprint = await self.builder.draw(plan, self.engine.scheduler.needed_tokens, waits=waits)
+            # One may have come meanwhile.
+            if self.engine.expect(blueprint.limits):
+                return blueprint
 
     def note_served(self, plan: MeshPlan) -> None:
         """Take note of the plan whose mesh serves."""
         self.present = plan
-        if plan is self.wanted:
-            self.obstacle = ""
+        if plan.digest == self.wanted.digest:
+            # It may have been asked for again meanwhile.
+            self.wanted, self.obstacle = plan, ""
 
     async def next_mesh(self, serving: Sequence[str]) -> NextMesh | None:
         """Wait until another plan is wanted, and make its mesh; None if the present one has to give way first.
@@ -124,27 +147,36 @@ class Resharding:
                 making.cancel()
                 if not taken:
                     await _discard(making)
+                    self.engine.expect(None)
 
     async def _make_wanted(self, serving: Sequence[str]) -> NextMesh | None:
         if self.wanted is self.present:
+            await self._sweep(serving)
             # Until another plan is wanted.
             await asyncio.Event().wait()
-        return await until_mesh(lambda: self._try(serving), self.builder.wait_changed)
+        return await until_mesh(lambda: self._try(serving), self.builder.wait_changed, patient=True)
+
+    async def _sweep(self, serving: Sequence[str]) -> None:
+        while self._sweeps_left:
+            await asyncio.sleep(SWEEP_S)
+            await self.builder.tidy(self.present, serving)
+            self._sweeps_left -= 1
 
     async def _try(self, serving: Sequence[str]) -> NextMesh | None:
         try:
             return await self._make(serving)
         except MeshError as error:
+            self.engine.expect(None)
             self.obstacle = str(error)
             raise
 
     async def _make(self, serving: Sequence[str]) -> NextMesh | None:
         plan, started_ns = self.wanted, time.monotonic_ns()
-        # Where even the emptied workers have too little memory, nobody gives way.
-        blueprint = await self.builder.draw(plan, self.engine.scheduler.needed_tokens)
         try:
+            blueprint = await self.draw(plan, waits=True)
             mesh = await self.builder.build(blueprint, beside=serving)
         except OutOfMemory as error:
+            # Where even the emptied workers have too little for the weights it is a TopologyError, and nobody gives way.
             if self._gave_way:
                 raise
             self._gave_way = True

@@ -82,6 +82,8 @@ class Scheduler:
         """Start with nothing to do."""
         self.limits = limits
         self.pool = PagePool(limits.num_pages, limits.page_tokens)
+        self.most_tokens = limits.kv_tokens
+        """Of a sequence; fewer than the KV cache holds while a smaller one is about to take its place."""
         self.waiting: deque[Sequence] = deque()
         self.running: list[Sequence] = []
         self.num_preemptions = 0
@@ -98,9 +100,9 @@ class Scheduler:
 
         """
         most = sequence.num_tokens + sequence.request.max_tokens
-        if most > self.limits.kv_tokens:
+        if most > self.most_tokens:
             raise OutOfMemory(
-                f"prompt and completion need up to {most} tokens of KV cache, the mesh has {self.limits.kv_tokens}: "
+                f"prompt and completion need up to {most} tokens of KV cache, the mesh has {self.most_tokens}: "
                 "ask for fewer tokens, or serve with a larger --kv-tokens"
             )
         self.check_room()
@@ -209,7 +211,7 @@ class Scheduler:
         """
         if self.running:
             raise ValueError(f"{len(self.running)} sequences have pages of another mesh")
-        self.limits = limits
+        self.limits, self.most_tokens = limits, limits.kv_tokens
         self.pool = PagePool(limits.num_pages, limits.page_tokens)
         self._released = []
 

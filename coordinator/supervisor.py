@@ -175,17 +175,23 @@ class Supervisor:
         await asyncio.sleep(self.recovery_s)
 
     async def _attempt(self, recovery: Recovery, started_ns: int) -> Mesh:
-        """Make the mesh that is wanted, or else once more the one that was there."""
-        wanted, present = self.resharding.wanted, self.resharding.present
+        """Make once more the mesh that was there, of which workers hold most, or else the one that is wanted.
+
+        Where the one that was there gave way, the other way round.
+        """
+        plans = [self.resharding.present, self.resharding.wanted]
+        if not recovery.failure:
+            plans.reverse()
         try:
             try:
-                return await self._make(wanted, recovery, started_ns)
+                return await self._make(plans[0], recovery, started_ns)
             except MeshError as error:
-                if wanted is present:
+                if plans[1] is plans[0]:
                     raise
-                self.resharding.obstacle = str(error)
                 recovery.note_obstacle(error)
-                return await self._make(present, recovery, started_ns)
+                if plans[0] is self.resharding.wanted:
+                    self.resharding.obstacle = str(error)
+                return await self._make(plans[1], recovery, started_ns)
         except MeshError as error:
             recovery.note_obstacle(error)
             raise
@@ -205,7 +211,13 @@ class Supervisor:
         # Of the mesh that was there the size is known, and every request fits.
         if self._blueprint and plan is self._blueprint.plan:
             return await self.builder.build(self._blueprint)
-        return await self.builder.build(await self.builder.draw(plan, self.engine.scheduler.needed_tokens))
+        # Of workers that are away for now, those of the mesh that was there are fewer.
+        blueprint = await self.resharding.draw(plan, waits=self._blueprint is None)
+        try:
+            return await self.builder.build(blueprint)
+        except BaseException:
+            self.engine.expect(None)
+            raise
 
     def _take(self, mesh: Mesh, left: SequenceId) -> None:
         """Let the engine go on with a mesh, once it does no steps on another."""

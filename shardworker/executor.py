@@ -129,6 +129,8 @@ class Executor:
                 del job
 
     def _run_beside(self) -> None:
+        if self.device.type == "cuda":
+            torch.cuda.set_device(self.device)
         with torch.inference_mode():
             while (work := self._work.get()) is not None:
                 work()

@@ -69,6 +69,8 @@ class Holding:
         self._epochs: dict[bytes, int] = {}
         # By the mesh's digest, the one that came last at the end.
         self._shards: dict[bytes, Shard] = {}
+        # Those that were served from since they are held.
+        self._opened: set[bytes] = set()
         self._loading: Loading | None = None
         self._notify = notify
 
@@ -126,6 +128,12 @@ class Holding:
     def is_over(self, owner: Owner) -> bool:
         """Whether the coordinator has opened newer sessions."""
         return owner.epoch < self._epochs.get(owner.coordinator, 0)
+
+    def begin(self, session: Session, owner: Owner) -> None:
+        """Take note of a session that was opened: what its plan takes the place of may go."""
+        self.sessions[session] = owner
+        self._opened.add(owner.plan_digest)
+        self._retire()
 
     def end(self, session: Session) -> None:
         """Free what a session holds, after the round that may still be running, and a former plan that nobody uses any more."""
@@ -194,6 +202,7 @@ class Holding:
     def _let_go(self, digests: Iterable[bytes]) -> Callable[[], None]:
         """Stop serving these plans now; the result frees the memory, on the device."""
         gone = {digest: self._shards.pop(digest) for digest in digests if digest in self._shards}
+        self._opened -= gone.keys()
         # They know that they are over when they are dropped.
         sessions = [session for session, owner in self.sessions.items() if owner.plan_digest in gone]
         if not self._shards:
@@ -201,16 +210,24 @@ class Holding:
         return lambda: _drop(sessions, gone)
 
     def _retire(self) -> None:
-        """Let go of former plans on which there is no session."""
-        used = {owner.plan_digest for owner in self.sessions.values()}
-        if unused := [digest for digest in list(self._shards)[:-1] if digest not in used]:
+        """Let go of former plans on which there is no session, once the latest one has had some."""
+        kept = list(self._shards)[-1:]
+        if not self._opened.issuperset(kept):
+            # Its mesh may never come to be: the one before it is still what is served.
+            kept = list(self._shards)[-2:]
+        if unused := [digest for digest in self._unused() if digest not in kept]:
             log.info("former plans dropped", plans=[digest.hex()[:12] for digest in unused])
             self.executor.submit(self._let_go(unused))
+
+    def _unused(self) -> list[bytes]:
+        """Plans on which there is no session."""
+        used = {owner.plan_digest for owner in self.sessions.values()}
+        return [digest for digest in self._shards if digest not in used]
 
     def _start(self, of: MeshShard, request: pb.LoadRequest, supplier: Supplier | None) -> Loading:
         self.cancel_loading()
         # A worker is one shard of a mesh.
-        drop = self._let_go([of.digest] if request.beside else list(self._shards))
+        drop = self._let_go([of.digest, *self._unused()] if request.beside else list(self._shards))
         loading = self._loading = Loading(of)
         job = self.executor.beside(lambda on_device: loading.run(request, self.kernels, supplier, drop, on_device))
         loading.done = asyncio.ensure_future(self._finish(loading, job))
@@ -225,7 +242,8 @@ class Holding:
             current = self._loading is loading
             if current:
                 self._loading = None
-        if current:
+        # It may have been given up in its last moment.
+        if current and not loading.cancelled.is_set():
             self._shards[loading.of.digest] = shard
             self._notify(True)
             log.info("plan loaded", shard=loading.of.shard, assignment=self.assignment, weights_bytes=shard.weights_bytes)

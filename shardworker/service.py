@@ -245,7 +245,7 @@ class ExecuteStream:
         self._session, self._owner, self._shard = session, owner, shard.plan.shard
         # Of this call's context, which ends with it.
         structlog.contextvars.bind_contextvars(epoch=request.epoch, shard=self._shard)
-        holding.sessions[session] = owner
+        holding.begin(session, owner)
         opened = pb.Opened(held=holding.held(), kv_bytes=session.kv_bytes)
         return pb.ExecuteResponse(opened=opened, queue_ns=queue_ns, compute_ns=compute_ns)
 

@@ -38,6 +38,9 @@ class PlanLease(Protocol):
     def shards(self) -> int | None:
         """How many shards all coordinators want, as far as is known; None: nobody said."""
 
+    async def wait_seen(self) -> None:
+        """Wait until it is known what the lease says."""
+
     async def wait_shards(self, known: int | None) -> int | None:
         """Wait until another number of shards is wanted than `known`, and return it."""
 

@@ -78,7 +78,7 @@ class KubernetesLease:
         self._renewed_at: float | None = None
         self._shards: int | None = None
         self._shards_text: str | None = None
-        self._shards_changed = asyncio.Event()
+        self._shards_changed, self._known = asyncio.Event(), asyncio.Event()
 
     @property
     def term(self) -> int | None:
@@ -91,6 +91,10 @@ class KubernetesLease:
     def shards(self) -> int | None:
         """See `PlanLease.shards`."""
         return self._shards
+
+    async def wait_seen(self) -> None:
+        """See `PlanLease.wait_seen`."""
+        await self._known.wait()
 
     async def wait_shards(self, known: int | None) -> int | None:
         """See `PlanLease.wait_shards`."""
@@ -196,6 +200,7 @@ class KubernetesLease:
         if self._seen_at is None or found.get("spec") != self._seen.get("spec"):
             self._seen_at = time.monotonic()
         self._take(found)
+        self._known.set()
 
     def _take(self, found: Json) -> None:
         self._seen = found
@@ -251,7 +256,11 @@ class KubernetesLease:
             # By the version within the server knows whether somebody wrote meanwhile.
             found = await self._api.request("PUT", self._own_path, body={**self._seen, "spec": spec}, timeout_s=REQUEST_S)
         else:
-            body = {"apiVersion": "coordination.k8s.io/v1", "kind": "Lease", "metadata": self._metadata, "spec": spec}
+            metadata: Json = dict(self._metadata)
+            if self._shards:
+                # It was there before, and somebody deleted it.
+                metadata["annotations"] = {SHARDS_ANNOTATION: str(self._shards)}
+            body = {"apiVersion": "coordination.k8s.io/v1", "kind": "Lease", "metadata": metadata, "spec": spec}
             found = await self._api.request("POST", self._path, body=body, timeout_s=REQUEST_S)
         self._take(found)
         self._renewed_at = sent_at

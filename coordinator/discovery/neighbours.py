@@ -59,16 +59,6 @@ class Neighbours:
                 task.cancel()
             await asyncio.gather(*tasks, return_exceptions=True)
 
-    async def follow(self, on_addresses: Callable[[tuple[str, ...]], None]) -> None:
-        """Tell of all addresses whenever they change, and leave the lease to others; ends if there is no source.
-
-        Raises:
-            InvalidArgument: as above.
-
-        """
-        if self.source:
-            await self._follow(self.source, on_addresses)
-
     async def wait_answered(self, timeout_s: float) -> None:
         """Wait for the first answer of the source, if there is one, but no longer than `timeout_s` seconds."""
         if self.source:

@@ -40,6 +40,11 @@ class WorkerReport:
             plans.append((held.plan_digest, held.shard))
         return (plan.digest, shard) in plans
 
+    def is_idle_with_another(self, plan: MeshPlan) -> bool:
+        """Whether the worker holds some other plan, on which nobody has a session."""
+        held = self.description.held
+        return held.state == WORKER_STATE_LOADED and held.plan_digest != plan.digest and not self.description.num_sessions
+
 
 @dataclass(frozen=True, slots=True)
 class Placement:

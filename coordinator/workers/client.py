@@ -15,6 +15,7 @@ from protos.shardworker_pb2 import (
     DescribeResponse,
     LoadRequest,
     LoadResponse,
+    ReleaseRequest,
     SupplyOffer,
     SupplyRequest,
     WarmRequest,
@@ -134,6 +135,18 @@ class WorkerClient:
         except grpc.aio.AioRpcError as error:
             raise self._error(error) from error
         return response
+
+    async def release(self, assignment: int) -> None:
+        """Have the worker drop all that it holds.
+
+        Raises:
+            MeshError: it has accepted a higher assignment, or does not answer within the deadline.
+
+        """
+        try:
+            await self._stub().Release(ReleaseRequest(assignment=assignment), timeout=rpc.DESCRIBE_DEADLINE_S)
+        except grpc.aio.AioRpcError as error:
+            raise self._error(error) from error
 
     def execute(self) -> WorkerSession:
         """Start an Execute stream."""

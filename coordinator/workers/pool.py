@@ -27,11 +27,12 @@ from coordinator.workers.roster import Roster
 from coordinator.workers.supplier import Supplier
 from protos import rpc
 from protos.errors import MeshError, NotServing, PlanMismatch, PositionMismatch, StaleEpoch, StepMismatch
-from protos.shardworker_pb2 import LoadRequest, WarmRequest
+from protos.shardworker_pb2 import LoadRequest
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable, Sequence
+    from collections.abc import Callable, Coroutine, Iterable, Sequence
     from pathlib import Path
+    from typing import Any
 
     from coordinator.discovery.interfaces import PlanLease
     from coordinator.planning.placement import WorkerReport
@@ -86,8 +87,6 @@ class WorkerPool:
         self._avoided: dict[str, float] = {}
         # Why workers could not be used, as far as the log tells already.
         self._told: dict[str, str] = {}
-        # Likewise of spares that were asked to be warm; "" if they are.
-        self._warmed: dict[str, str] = {}
         self._roster = Roster(addresses, certificates)
         self._lease = lease
         self._supplies = supplies
@@ -201,33 +200,36 @@ class WorkerPool:
             raise
         return fanout
 
-    async def warm(self, plan: MeshPlan, directory: Path, serving: Iterable[str]) -> None:
-        """Have all workers but the serving ones bring the model's files into memory; who cannot is named in the log.
+    async def tidy(self, plan: MeshPlan, directory: Path | None, serving: Sequence[str]) -> None:
+        """Have workers let go of what nobody uses, as far as they can be asked: those that serve of other plans, others of all.
 
         Args:
-            plan: whose files.
-            directory: of the files, as the workers see it.
-            serving: addresses of the mesh that serves.
+            plan: of the mesh that serves.
+            directory: of the model's files, as for `assemble`.
+            serving: addresses of its workers, in shard order.
 
         """
-        request = WarmRequest(protocol_version=rpc.PROTOCOL_VERSION, directory=str(directory), files=plan.shards[0].files)
-        spares = [client for address, client in self.clients.items() if address not in frozenset(serving)]
-        answers = await asyncio.gather(*(client.warm(request) for client in spares), return_exceptions=True)
-        for client, answer in zip(spares, answers, strict=True):
-            if self.clients.get(client.address) is not client:
-                # It went away meanwhile.
-                continue
-            if not isinstance(answer, MeshError) and isinstance(answer, BaseException):
-                raise answer
-            error = str(answer) if isinstance(answer, MeshError) else ""
-            # Once, however often it is asked.
-            if self._warmed.get(client.address) == error:
-                continue
-            self._warmed[client.address] = error
-            if error:
-                log.warning("spare cannot be warmed", worker=client.address, error=error)
-            else:
-                log.info("spare is warm", worker=client.address)
+        if self._lease and self._lease.term is None:
+            # The holder does, who knows what is handed out.
+            return
+        reports = {report.address: report for report in (await self.survey(wait_for_ready=False)).reports}
+        # Of a plan that is held the assignment does not count; it becomes the latest, and the others go.
+        requests = self._requests(plan, 1, directory, beside=True)
+        work: list[Coroutine[Any, Any, None]] = [
+            load(self._roster.engaged[address], request, None, lambda _: None)
+            for address, request in zip(serving, requests, strict=True)
+            if address in reports and reports[address].description.held.plan_digest != plan.digest
+        ]
+        work += [
+            self.clients[address].release(report.description.held.assignment)
+            for address, report in reports.items()
+            if address not in serving and address in self.clients and report.is_idle_with_another(plan)
+        ]
+        for error in await asyncio.gather(*work, return_exceptions=True):
+            if isinstance(error, MeshError):
+                log.info("a worker keeps what nobody uses", error=str(error))
+            elif error:
+                raise error
 
     async def close(self) -> None:
         """Close all channels."""

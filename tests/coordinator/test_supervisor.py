@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 
+from coordinator import resharding
 from coordinator.completion import Completion
 from coordinator.engine import Engine
 from coordinator.mesh import Blueprint
@@ -85,15 +86,25 @@ class FakeBuilder:
         self.built: list[tuple[int, tuple[str, ...]]] = []
         self.blamed: list[str] = []
         self.exhausted, self.tried_often = asyncio.Event(), asyncio.Event()
-        self.may_build = asyncio.Event()
+        self.drawn, self.swept = asyncio.Event(), asyncio.Event()
+        self.may_draw, self.may_build = asyncio.Event(), asyncio.Event()
+        self.may_draw.set()
         self.may_build.set()
         self.has_room = True
         self.num_pages = 100
+        self.waited: list[bool] = []
+        self.drawn_again = asyncio.Event()
+        self.tidied: list[tuple[int, tuple[str, ...]]] = []
 
     async def plan(self, num_shards: int) -> FakePlan:
         return FakePlan(num_shards)
 
-    async def draw(self, plan: FakePlan, least_tokens: int = 0) -> Blueprint:
+    async def draw(self, plan: FakePlan, least_tokens: int = 0, *, waits: bool = True) -> Blueprint:
+        self.waited.append(waits)
+        self.drawn.set()
+        await self.may_draw.wait()
+        if len(self.waited) == 2:
+            self.drawn_again.set()
         limits = Limits(num_pages=max(self.num_pages, -(-least_tokens // 4)), page_tokens=4)
         return Blueprint(plan, limits)  # type: ignore[arg-type]
 
@@ -113,6 +124,11 @@ class FakeBuilder:
             raise mesh
         mesh.blueprint = blueprint
         return mesh
+
+    async def tidy(self, plan: FakePlan, addresses: tuple[str, ...]) -> None:
+        self.tidied.append((len(plan.shards), addresses))
+        if len(self.tidied) == resharding.SWEEPS:
+            self.swept.set()
 
     async def wait_changed(self, timeout_s: float) -> None:
         del timeout_s
@@ -155,6 +171,7 @@ class Scene:
 async def supervised(*meshes: FakeMesh | Exception, recovery_s: float = 100.0) -> AsyncIterator[Scene]:
     scene = Scene(list(meshes), recovery_s)
     first = await scene.supervisor.start()
+    scene.builder.drawn.clear()
     task = asyncio.create_task(scene.supervisor.run(first))
     try:
         yield scene
@@ -376,29 +393,89 @@ async def test_requests_do_not_wait_for_ever_once_something_failed_after_the_mes
             await collect(completion)
 
 
-async def test_a_mesh_that_breaks_while_another_is_wanted_is_rebuilt_as_wanted() -> None:
-    first, second = FakeMesh(1, 1e9), FakeMesh(2, 1e9)
-    async with supervised(first, second) as scene:
+async def test_a_mesh_that_breaks_while_another_is_wanted_is_made_once_more_at_first() -> None:
+    first, again, second = FakeMesh(1, 1e9), FakeMesh(2, 1e9), FakeMesh(3, 1e9)
+    async with supervised(first, again, second) as scene:
         completion = scene.engine.submit(Request("r", (1,), 50))
         await asyncio.wait_for(scene.whole.wait(), 5)
-        scene.whole.clear()
         scene.resharding.want(FakePlan(4))  # type: ignore[arg-type]
         first.broken.set()
         assert await collect(completion) == list(range(1, 51))
-        await asyncio.wait_for(scene.whole.wait(), 5)
-        assert (4, ()) in scene.builder.built
-        assert len(scene.resharding.present.shards) == 4
+        # Workers that hold most of it are the sooner there.
+        assert scene.builder.built == [(2, ()), (2, ()), (4, ("a2", "b2"))]
+        assert scene.serving == ["a1", "", "a2", "a3"]
         assert (scene.supervisor.recoveries.count, scene.supervisor.recoveries.reshards) == (1, 1)
 
 
-async def test_what_is_not_wanted_any_more_is_not_made() -> None:
+async def test_a_mesh_that_cannot_be_had_any_more_is_made_as_is_wanted() -> None:
+    first, second = FakeMesh(1, 1e9), FakeMesh(2, 1e9)
+    async with supervised(first, WorkerLost("too few"), second) as scene:
+        completion = scene.engine.submit(Request("r", (1,), 50))
+        await asyncio.wait_for(scene.whole.wait(), 5)
+        scene.resharding.want(FakePlan(1))  # type: ignore[arg-type]
+        first.broken.set()
+        assert await collect(completion) == list(range(1, 51))
+        assert scene.builder.built == [(2, ()), (2, ()), (1, ())]
+        # Workers that are away are waited for at the start only.
+        assert scene.builder.waited == [True, False]
+        assert scene.serving == ["a1", "", "a2"]
+        assert (scene.supervisor.recoveries.count, scene.supervisor.recoveries.reshards) == (1, 1)
+
+
+async def test_requests_that_come_while_a_smaller_mesh_is_made_must_fit_there_too() -> None:
+    first, second = FakeMesh(1, 1e9), FakeMesh(2, 1e9)
+    async with supervised(first, second) as scene:
+        scene.builder.num_pages = 25
+        present = scene.engine.submit(Request("r", (1,), 120))
+        await asyncio.wait_for(scene.whole.wait(), 5)
+        scene.whole.clear()
+        scene.builder.may_build.clear()
+        assert scene.engine.max_tokens == 400
+        await scene.resharding.ask(4)
+        await scene.builder.drawn.wait()
+        await asyncio.sleep(0)
+        # Of 30 pages, for there is one that needs them.
+        assert scene.engine.max_tokens == 124
+        with pytest.raises(OutOfMemory, match="need up to 251 tokens of KV cache, the mesh has 124"):
+            scene.engine.submit(Request("r", (1,), 250))
+        scene.builder.may_build.set()
+        await asyncio.wait_for(scene.whole.wait(), 5)
+        assert await collect(present) == list(range(1, 121))
+        assert scene.engine.scheduler.limits.kv_tokens == scene.engine.max_tokens == 124
+
+
+async def test_a_request_that_comes_between_is_counted_when_the_next_mesh_is_sized() -> None:
+    first, second = FakeMesh(1, 1e9), FakeMesh(2, 1e9)
+    async with supervised(first, second) as scene:
+        await asyncio.wait_for(scene.whole.wait(), 5)
+        scene.whole.clear()
+        scene.builder.num_pages = 5
+        scene.builder.may_draw.clear()
+        await scene.resharding.ask(4)
+        await scene.builder.drawn.wait()
+        completion = scene.engine.submit(Request("r", (1,), 200))
+        scene.builder.may_draw.set()
+        await asyncio.wait_for(scene.whole.wait(), 5)
+        assert await collect(completion) == list(range(1, 201))
+        assert scene.engine.max_tokens == 204
+
+
+async def test_what_is_not_wanted_any_more_is_not_made(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(resharding, "SWEEP_S", 0.0)
     first = FakeMesh(1, 1e9)
     async with supervised(first) as scene:
         await asyncio.wait_for(scene.whole.wait(), 5)
+        scene.builder.num_pages = 5
         scene.builder.may_build.clear()
         await scene.resharding.ask(4)
+        await scene.builder.drawn.wait()
         await asyncio.sleep(0)
+        assert scene.engine.max_tokens == 20
         await scene.resharding.ask(2)
+        # What was loaded of it has to go.
+        await asyncio.wait_for(scene.builder.swept.wait(), 5)
+        assert scene.builder.tidied == [(2, ("a1", "b1"))] * resharding.SWEEPS
+        assert scene.engine.max_tokens == 400
         late = FakeMesh(2, 1e9)
         scene.meshes.append(late)
         scene.builder.may_build.set()
@@ -409,6 +486,24 @@ async def test_what_is_not_wanted_any_more_is_not_made() -> None:
         scene.resharding.obstacle = "99 shards"
         await scene.resharding.ask(2)
         assert scene.resharding.obstacle == ""
+
+
+async def test_a_number_that_is_asked_for_once_more_while_its_mesh_is_made_is_that_mesh() -> None:
+    first, second = FakeMesh(1, 1e9), FakeMesh(2, 1e9)
+    async with supervised(first, WorkerLost("too few"), second) as scene:
+        await asyncio.wait_for(scene.whole.wait(), 5)
+        scene.whole.clear()
+        scene.resharding.want(FakePlan(4))  # type: ignore[arg-type]
+        scene.builder.drawn.clear()
+        first.broken.set()
+        # It is made by the recovery, which nobody's wishes disturb.
+        await scene.builder.drawn.wait()
+        for num_shards in (2, 4):
+            await scene.resharding.ask(num_shards)
+        await asyncio.wait_for(scene.whole.wait(), 5)
+        assert await collect(scene.engine.submit(Request("r", (1,), 50))) == list(range(1, 51))
+        assert scene.resharding.wanted is scene.resharding.present
+        assert scene.serving == ["a1", "", "a2"]
 
 
 async def test_a_next_mesh_with_another_canary_does_not_take_over() -> None:

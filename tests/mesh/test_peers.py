@@ -245,7 +245,7 @@ async def test_spares_are_warmed_and_one_without_the_files_is_named(
         assert (await running.client.mesh()).workers[1].weights_bytes == 0
         coordinator = running.coordinator
         plan, fanout = coordinator._status.plan, coordinator._status.fanout  # type: ignore[union-attr]
-        await coordinator._pool.warm(plan, checkpoint / "nowhere", fanout.addresses)  # type: ignore[union-attr]
+        await coordinator._warmer.warm(plan, checkpoint / "nowhere", fanout.addresses)  # type: ignore[union-attr]
     assert capsys.readouterr().out.count("spare cannot be warmed") == 2
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import threading
 from typing import Any
 
@@ -12,6 +13,7 @@ import torch
 from protos import plan_pb2, shardworker_pb2
 from protos.digest import mesh_digest, shard_digest
 from shardworker import loading
+from tests.shardworker.conftest import Rounds, Talk
 
 LOADED = shardworker_pb2.WORKER_STATE_LOADED
 
@@ -52,6 +54,8 @@ async def test_the_former_plan_serves_until_its_last_session_ends(
     # It goes on where it was.
     answers = await talk.step(2, make_batch((1, 1, 1, [])))
     assert all(answer.HasField("partial") for answer in answers)
+    await open_session(client, other)
+    assert (await client.describe()).weights_bytes == 2 * before
     talk.call.cancel()
     await until_former(client, [])
     assert (await client.describe()).weights_bytes == before
@@ -59,11 +63,17 @@ async def test_the_former_plan_serves_until_its_last_session_ends(
     assert (fault.reason, fault.held.plan_digest) == ("PLAN_MISMATCH", digest_of(other))
 
 
+async def open_session(client: Any, plan: plan_pb2.ShardPlan) -> Any:
+    """Open one of a coordinator that no other session here is of."""
+    talk = Talk(client.stub, Rounds(digest_of(plan), coordinator=b"n" * 16))
+    assert (await talk.open()).HasField("opened")
+    return talk
+
+
 async def until_former(client: Any, wanted: list[bytes]) -> None:
-    while True:
-        found = await client.describe()
-        if [former.plan_digest for former in found.held.former] == wanted:
-            return
+    async with asyncio.timeout(20):
+        while [former.plan_digest for former in (await client.describe()).held.former] != wanted:
+            pass
 
 
 async def test_a_former_plan_without_sessions_goes_at_once(client: Any, beside: Any, other: Any) -> None:
@@ -112,6 +122,60 @@ async def test_a_load_beside_that_fails_leaves_what_was_there(client: Any, tiny:
     assert all(answer.HasField("partial") for answer in answers)
 
 
+async def test_a_plan_that_nobody_uses_goes_before_another_is_read(
+    client: Any, tiny: Any, beside: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    await client.load()
+    talk = client.talk()
+    await talk.open()
+    await client.load(beside)
+    third = tiny.plan()
+    third.page_tokens = 16
+    request = tiny.load_request([third], assignment=3)
+    request.beside = True
+    held: list[int] = []
+    load_weights, shards = loading.load_weights, client.holding._shards
+
+    def note(*arguments: Any, **others: Any) -> Any:
+        held.append(len(shards))
+        return load_weights(*arguments, **others)
+
+    monkeypatch.setattr(loading, "load_weights", note)
+    await client.load(request)
+    assert held == [1]
+
+
+async def test_a_load_that_is_given_up_in_its_last_moment_is_not_held(
+    client: Any, tiny: Any, beside: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    await client.load()
+    entered, gate, load_weights = threading.Event(), threading.Event(), loading.load_weights
+    done: list[bool] = []
+
+    def late(*arguments: Any, **others: Any) -> Any:
+        weights = load_weights(*arguments, **others)
+        entered.set()
+        gate.wait(30)
+        done.append(True)
+        return weights
+
+    talk = client.talk()
+    await talk.open()
+    monkeypatch.setattr(loading, "load_weights", late)
+    call = client.stub.Load(beside)
+    assert (await call.read()).WhichOneof("event") == "progress"
+    assert await asyncio.to_thread(entered.wait, 30)
+    call.cancel()
+    while (loads := client.holding._loading) and not loads.cancelled.is_set():
+        await client.describe()
+    gate.set()
+    while client.holding._loading:
+        await client.describe()
+    assert done == [True]
+    held = (await client.describe()).held
+    assert (held.plan_digest, list(held.former)) == (digest_of(tiny.plan()), [])
+
+
 async def test_asking_again_for_the_former_plan_makes_it_the_latest(client: Any, tiny: Any, beside: Any, other: Any) -> None:
     await client.load()
     talk = client.talk()
@@ -147,3 +211,26 @@ async def test_release_drops_former_plans_too(client: Any, beside: Any) -> None:
     answer = await client.stub.Release(shardworker_pb2.ReleaseRequest(assignment=2))
     assert answer.held == shardworker_pb2.Held(state=shardworker_pb2.WORKER_STATE_EMPTY, assignment=2)
     assert (await client.describe()).weights_bytes == 0
+
+
+async def test_a_plan_is_kept_until_the_one_that_takes_its_place_is_served_from(
+    client: Any, tiny: Any, beside: Any, other: Any, make_batch: Any
+) -> None:
+    await client.load()
+    talk = client.talk()
+    await talk.open()
+    await client.load(beside)
+    # Its mesh breaks before the next one is there, and comes back.
+    talk.call.cancel()
+    async with asyncio.timeout(20):
+        while (await client.describe()).num_sessions:
+            pass
+    again = client.talk(epoch=2)
+    assert (await again.open()).HasField("opened")
+    answers = await again.step(1, make_batch((1, 0, 1, [0])))
+    assert all(answer.HasField("partial") for answer in answers)
+    await open_session(client, other)
+    again.call.cancel()
+    await until_former(client, [])
+    held = (await client.describe()).held
+    assert held.plan_digest == digest_of(other) != digest_of(tiny.plan())

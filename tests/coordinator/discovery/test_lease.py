@@ -314,3 +314,17 @@ async def test_whoever_asks_for_shards_keeps_what_the_holder_wrote(store: Store,
     store.broken = [Answer(403, refusal(403, "Forbidden", "leases plan is forbidden"))]
     with pytest.raises(NotServing, match=r"Lease mesh/plan cannot be told how many shards are wanted: .*forbidden"):
         await second.ask_shards(2)
+
+
+async def test_a_lease_that_was_deleted_is_made_anew_with_what_it_said(store: Store, clock: SimpleNamespace, pair: Pair) -> None:
+    del clock
+    first, _ = pair
+    seen = asyncio.create_task(first.wait_seen())
+    await first._try()
+    await asyncio.wait_for(seen, 5)
+    store.annotate("4")
+    await first._try()
+    store.lease = None
+    await first._try()
+    assert store.lease
+    assert store.lease["metadata"]["annotations"] == {SHARDS_ANNOTATION: "4"}
