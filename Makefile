@@ -22,7 +22,7 @@ HELM := $(if $(filter Linux-x86_64,$(shell uname -sm | tr ' ' -)),$(BIN)/helm)
 MAKEFLAGS += --no-print-directory
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help env protos verify-protos format check test test-all fuzz soak demo images up down test-images k8s k8s-tools clean distclean
+.PHONY: help env protos verify-protos format check test test-all fuzz soak demo images up down test-images kind-up kind-down test-kind k8s k8s-tools clean distclean
 
 help: ## Show this list
 	@awk -F ':.*## ' '/^[a-z0-9-]+:.*## / {printf "  make %-14s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -146,6 +146,21 @@ down: ## End what `make up` began
 
 test-images: $(ENV) $(MODEL)/config.json ## Build the images with podman from a base made here, and test them
 	@tests/containers/run
+
+# Those of another registry or tag: SHARDMESH_COORDINATOR_IMAGE, SHARDMESH_WORKER_IMAGE.
+test-kind: $(ENV) $(MODEL)/config.json $(HELM) ## Test the chart in the cluster of KUBECONFIG, which has the images already
+	@SHARDMESH_REQUIRE_CLUSTER=1 OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m kind -rP tests/kind
+
+CLUSTER := shardmesh
+KIND_IMAGES = shardmesh/coordinator:$(TAG) shardmesh/worker:$(TAG)
+
+kind-up: images ## A cluster of kind's on this machine, in which the chart serves SmolLM2 from the hub
+	@kind get clusters 2>/dev/null | grep -qx $(CLUSTER) || kind create cluster --config k8s/kind.yaml
+	@kind load docker-image --name $(CLUSTER) $(KIND_IMAGES)
+	@helm upgrade --install mesh helm/shardmesh --kube-context kind-$(CLUSTER) --set image.tag=$(TAG) --wait --timeout 15m
+
+kind-down: ## Remove that cluster and all that is in it
+	@kind delete cluster --name $(CLUSTER)
 
 k8s-tools: $(HELM) ## Put helm and kubectl into .venv/bin
 

@@ -45,6 +45,14 @@ RATIO = 0.01
 FLUSH_S = 3.0
 """Longest that spans may take to leave when the coordinator stops, seconds."""
 
+_SAMPLERS = (
+    "always_on",
+    "always_off",
+    "traceidratio",
+    "parentbased_always_on",
+    "parentbased_always_off",
+    "parentbased_traceidratio",
+)
 _PROTOCOLS = ("OTEL_EXPORTER_OTLP_TRACES_PROTOCOL", "OTEL_EXPORTER_OTLP_PROTOCOL")
 
 
@@ -67,7 +75,11 @@ class Tracing:
         resource = Resource.create()
         if str(resource.attributes[SERVICE_NAME]).startswith("unknown_service"):
             resource = resource.merge(Resource({SERVICE_NAME: SERVICE}))
-        sampler = None if os.environ.get("OTEL_TRACES_SAMPLER") else ParentBasedTraceIdRatio(RATIO)
+        named = os.environ.get("OTEL_TRACES_SAMPLER")
+        if named and named.lower() not in _SAMPLERS:
+            # The library would only warn, and sample all.
+            raise ValueError(f"OTEL_TRACES_SAMPLER is {named!r}, none of {', '.join(_SAMPLERS)}")
+        sampler = None if named else ParentBasedTraceIdRatio(RATIO)
         # `stop` ends it, with a deadline that the SDK does not have.
         self._provider = TracerProvider(sampler=sampler, resource=resource, shutdown_on_exit=False)
         self._provider.add_span_processor(BatchSpanProcessor(self._delivery))

@@ -38,3 +38,8 @@ def show_parts(recovery: MeshRecovery) -> str:
         "replayed in": recovery.last_replay_ns,
     }
     return ", ".join(f"{name} {value / 1e6:.0f} ms" for name, value in parts.items())
+
+
+def show_shards(count: int) -> str:
+    """Say how many."""
+    return "1 shard" if count == 1 else f"{count} shards"

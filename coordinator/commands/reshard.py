@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import json
 import time
 from typing import TYPE_CHECKING, Any
@@ -10,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from coordinator.client import GenerationClient
-from coordinator.commands.console import show_parts
+from coordinator.commands.console import show_parts, show_shards
 from coordinator.commands.options import Seconds, caller_credentials, caller_options, json_option
 from coordinator.commands.running import run
 from protos import rpc
@@ -63,9 +64,9 @@ async def _reshard(address: str, credentials: Credentials, num_shards: int, time
     if as_json:
         click.echo(json.dumps(_as_dict(before, mesh, seconds)))
     elif already:
-        click.echo(f"{num_shards} shards serve already: {_workers(mesh)}")
+        click.echo(f"served already by {show_shards(num_shards)}: {_workers(mesh)}")
     else:
-        click.echo(f"{num_shards} shards serve after {seconds:.2f} s; {_pause(before, mesh)}workers: {_workers(mesh)}")
+        click.echo(f"served by {show_shards(num_shards)} after {seconds:.2f} s; {_pause(before, mesh)}workers: {_workers(mesh)}")
 
 
 def serves(mesh: GetMeshResponse, num_shards: int) -> bool:
@@ -101,7 +102,7 @@ class Follower:
             async with asyncio.timeout(timeout_s):
                 return await self._wait()
         except TimeoutError:
-            found = self._told or "the coordinator did not answer"
+            found = self._told or "it was asked for, and no more is known"
             raise MeshError(f"after {timeout_s:g} s {found}; the mesh goes on, coordctl status shows how far") from None
         except asyncio.CancelledError:
             click.echo("no longer followed; the mesh goes on, coordctl status shows how far", err=True)
@@ -124,8 +125,8 @@ class Follower:
                         "somebody asked for them, or the coordinator was started anew"
                     )
                 taken = mesh.wanted_shards == self._num_shards
-                found = f"{mesh.num_shards} shards serve" if mesh.serving else "no full mesh serves"
-                self._tell(f"{found}, {self._num_shards} are wanted: {mesh.reshard_obstacle or 'under way'}")
+                found = f"served by {show_shards(mesh.num_shards)}" if mesh.serving else "no full mesh serves"
+                self._tell(f"{found}, wanted are {self._num_shards}: {mesh.reshard_obstacle or 'under way'}")
             await asyncio.sleep(LOOK_S)
 
     async def settle(self, mesh: GetMeshResponse) -> GetMeshResponse:
@@ -133,7 +134,9 @@ class Follower:
         until_s = time.monotonic() + SETTLE_S
         while not mesh.recovery.last_replay_ns and mesh.load.running + mesh.load.waiting and time.monotonic() < until_s:
             await asyncio.sleep(LOOK_S)
-            mesh = await self._client.mesh()
+            # It is done, whoever may be away by now.
+            with contextlib.suppress(WorkerLost, NotServing):
+                mesh = await self._client.mesh()
         return mesh
 
     def _tell(self, text: str) -> None:
@@ -145,7 +148,10 @@ class Follower:
 def _pause(before: GetMeshResponse, mesh: GetMeshResponse) -> str:
     if mesh.recovery.reshards <= before.recovery.reshards:
         return ""
-    return f"callers' streams paused {sum(_parts(mesh).values()):.3f} s ({show_parts(mesh.recovery)}); "
+    paused_s = sum(_parts(mesh).values())
+    if not paused_s:
+        return "no stream was running; "
+    return f"callers' streams paused {paused_s:.3f} s ({show_parts(mesh.recovery)}); "
 
 
 def _parts(mesh: GetMeshResponse) -> dict[str, float]:

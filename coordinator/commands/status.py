@@ -11,7 +11,7 @@ from rich.table import Table
 from rich.text import Text
 
 from coordinator.client import Credentials, GenerationClient
-from coordinator.commands.console import show_bytes, show_parts, table_console
+from coordinator.commands.console import show_bytes, show_parts, show_shards, table_console
 from coordinator.commands.options import caller_credentials, caller_options, json_option
 from coordinator.commands.running import run
 from protos import rpc
@@ -71,7 +71,7 @@ def _fields(message: Message) -> dict[str, object]:
 def _print(model: GetModelResponse, mesh: GetMeshResponse) -> None:
     console = table_console()
     health = ("serving", "green") if mesh.serving else ("not serving", "red")
-    head = f"{model.model} ({model.family}) on {mesh.num_shards} shards: "
+    head = f"{model.model} ({model.family}) on {show_shards(mesh.num_shards)}: "
     plan = f", epoch {mesh.epoch}, plan {mesh.plan_digest.hex()[:_DIGEST_CHARACTERS]}"
     console.print(Text.assemble(head, health, plan), soft_wrap=True)
     table = Table(box=None, pad_edge=False)
@@ -92,7 +92,9 @@ def _print(model: GetModelResponse, mesh: GetMeshResponse) -> None:
     )
     # An older coordinator does not tell.
     if mesh.wanted_shards not in {0, mesh.num_shards}:
-        console.print(Text(f"{mesh.wanted_shards} shards are wanted: {mesh.reshard_obstacle or 'under way'}"), soft_wrap=True)
+        console.print(
+            Text(f"wanted are {show_shards(mesh.wanted_shards)}: {mesh.reshard_obstacle or 'under way'}"), soft_wrap=True
+        )
     if mesh.recovery.failures or mesh.recovery.reshards:
         _print_recovery(console, mesh.recovery)
 

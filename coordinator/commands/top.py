@@ -15,7 +15,7 @@ from rich.table import Table
 from rich.text import Text
 
 from coordinator.client import GenerationClient
-from coordinator.commands.console import show_bytes, table_console
+from coordinator.commands.console import show_bytes, show_shards, table_console
 from coordinator.commands.options import Seconds, caller_credentials, caller_options, json_option
 from coordinator.commands.running import run
 from protos import rpc
@@ -191,7 +191,7 @@ def render(found: MeshView) -> RenderableType:
     """Make lines and tables for people."""
     health = ("serving", "green") if found.serving else ("not serving", "red")
     parts: list[RenderableType] = [
-        Text.assemble(health, f" on {found.num_shards} shards, epoch {found.epoch}, proven {found.proven_ago_s:.1f} s ago"),
+        Text.assemble(health, f" on {show_shards(found.num_shards)}, epoch {found.epoch}, proven {found.proven_ago_s:.1f} s ago"),
         Text(
             f"{found.running} running, {found.waiting} waiting, KV {found.kv_usage:.0%}, {found.tokens_per_s:.1f} tokens/s, "
             f"prompts {found.prompt_tokens_per_s:.1f} tokens/s, {found.steps_per_s:.1f} steps/s, {found.preemptions} preemptions"
@@ -203,7 +203,7 @@ def render(found: MeshView) -> RenderableType:
     # An older coordinator does not tell.
     if found.wanted_shards not in {0, found.num_shards}:
         obstacle = found.reshard_obstacle or "under way"
-        parts.append(Text(f"{found.wanted_shards} shards are wanted: {obstacle}", style="yellow"))
+        parts.append(Text(f"wanted are {show_shards(found.wanted_shards)}: {obstacle}", style="yellow"))
     if found.failures or found.reshards:
         reasons = ", ".join(f"{count} {reason}" for reason, count in sorted(found.failures.items())) or "0"
         counts = f"{found.recoveries} recoveries; failures: {reasons}; {found.reshards} reshards"

@@ -113,6 +113,7 @@ async def test_without_a_sampler_in_the_environment_one_of_a_hundred_is_sampled(
         ({"OTEL_EXPORTER_OTLP_TRACES_PROTOCOL": "http/json"}, "TRACES_PROTOCOL is 'http/json'"),
         ({"OTEL_EXPORTER_OTLP_TIMEOUT": "soon"}, "as the environment's OTEL_ variables say: .*soon"),
         ({"OTEL_EXPORTER_OTLP_COMPRESSION": "rar"}, "as the environment's OTEL_ variables say: .*rar"),
+        ({"OTEL_TRACES_SAMPLER": "sometimes"}, "OTEL_TRACES_SAMPLER is 'sometimes', none of always_on, "),
         ({"OTEL_BSP_MAX_QUEUE_SIZE": "1"}, "as the environment's OTEL_ variables say: max_export_batch_size"),
     ],
 )
@@ -128,10 +129,12 @@ def test_an_environment_that_cannot_work_is_one_clear_error(
 async def test_what_opentelemetry_warns_of_is_a_log_line_of_ours(
     monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setenv("OTEL_TRACES_SAMPLER", "sometimes")
+    monkeypatch.setenv("OTEL_TRACES_SAMPLER", "traceidratio")
+    monkeypatch.setenv("OTEL_TRACES_SAMPLER_ARG", "often")
     with capture_logs() as logs:
         await tracing_to(Exporter()).stop()
-    assert [(line["event"], line["error"]) for line in logs] == [("OpenTelemetry warns", "Couldn't recognize sampler sometimes.")]
+    told = [(line["event"], line["error"]) for line in logs]
+    assert told == [("OpenTelemetry warns", "Could not convert TRACES_SAMPLER_ARG to float. Using default rate 1.0.")]
     assert capfd.readouterr().err == ""
 
 

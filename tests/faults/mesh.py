@@ -116,6 +116,7 @@ class Coordinator:
         addresses: Sequence[str],
         flags: Mapping[str, object],
         inside: Sequence[str] = (),
+        module: str = "coordinator",
     ) -> None:
         """Start it.
 
@@ -126,6 +127,7 @@ class Coordinator:
             addresses: of all workers that it may use, spares included.
             flags: of `coordctl serve`, without dashes.
             inside: a command that runs another.
+            module: whose main is the coordinator's, or begins with it.
 
         """
         self.address = f"unix:{programs.directory / name}"
@@ -144,7 +146,7 @@ class Coordinator:
         }
         # A switch is True.
         arguments = [part for key, value in settings.items() for part in (f"--{key}", *([] if value is True else [str(value)]))]
-        self.program = programs.start(name, "coordinator", "serve", *arguments, "--insecure", inside=inside)
+        self.program = programs.start(name, module, "serve", *arguments, "--insecure", inside=inside)
 
     async def wait_serving(self, caller: Caller) -> None:
         """Wait until a full mesh serves."""
@@ -163,13 +165,15 @@ class Mesh:
         self._num_coordinators = 0
 
     @asynccontextmanager
-    async def coordinator(self, name: str = "", /, **flags: object) -> AsyncIterator[tuple[Coordinator, Caller]]:
+    async def coordinator(
+        self, name: str = "", /, module: str = "coordinator", **flags: object
+    ) -> AsyncIterator[tuple[Coordinator, Caller]]:
         """Start a coordinator and wait until it serves; underscores in flags stand for dashes."""
         self._num_coordinators += 1
         name = name or f"c{self._num_coordinators}"
         changes = {key.replace("_", "-"): value for key, value in flags.items()}
         addresses = [worker.address for worker in self.workers]
-        coordinator = Coordinator(self.programs, name, self.model, addresses=addresses, flags=changes)
+        coordinator = Coordinator(self.programs, name, self.model, addresses=addresses, flags=changes, module=module)
         try:
             async with Caller(coordinator.address) as caller:
                 await coordinator.wait_serving(caller)

@@ -15,7 +15,7 @@ import grpc
 
 from coordinator.microbatches import LIMIT
 from protos import rpc
-from protos.shardworker_pb2 import ExecuteRequest, ExecuteResponse
+from protos.shardworker_pb2 import ExecuteRequest, ExecuteResponse, LoadRequest
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator
@@ -23,6 +23,7 @@ if TYPE_CHECKING:
 _UNLIMITED = 2**30
 _EXECUTE = "/shardmesh.v1.ShardWorker/Execute"
 _LOAD = "/shardmesh.v1.ShardWorker/Load"
+_SUPPLY = "/shardmesh.v1.ShardWorker/Supply"
 
 
 class When(enum.Enum):
@@ -36,7 +37,25 @@ class When(enum.Enum):
     """The answer is there, and the coordinator has not seen it."""
 
 
+class Stage(enum.Enum):
+    """How far a worker has come on its way into another mesh."""
+
+    ASKED = "asked"
+    """The request to load has come, and the worker has not seen it; it may be changed."""
+    LOADING = "loading"
+    """The worker has that request."""
+    LOADED = "loaded"
+    """It has answered it: of a small plan, all is in place."""
+    OPENING = "opening"
+    """A session is asked for, and the worker has not seen that."""
+    PROVING = "proving"
+    """Likewise the first round of a session."""
+
+
 Act = Callable[[Any], bytes | None]
+
+
+_FIRST_ROUNDS = (Stage.OPENING, Stage.PROVING)
 
 
 @dataclass(frozen=True)
@@ -80,6 +99,8 @@ class WorkerProxy(grpc.GenericRpcHandler):
         """
         self.on_load: Callable[[], object] | None = None
         """Done once, at the first sign of progress of the next load."""
+        self.at_stage: dict[Stage, Callable[[Any], object]] = {}
+        """Done once each, with the request, when the worker gets so far next."""
         self._listen, self._target = listen, target
         self._traps: list[Trap] = []
         self._steps: dict[tuple[int, int], int] = {}
@@ -105,6 +126,7 @@ class WorkerProxy(grpc.GenericRpcHandler):
     def clear(self) -> None:
         """Take up all traps."""
         self._traps.clear()
+        self.at_stage.clear()
         self.on_load = None
 
     async def reconnect(self) -> None:
@@ -132,12 +154,18 @@ class WorkerProxy(grpc.GenericRpcHandler):
         async def pass_through(requests: AsyncIterator[bytes], context: grpc.aio.ServicerContext) -> AsyncIterator[bytes]:
             # On the wire calls with one message are streams, too.
             call = self._channel.stream_stream(method)()
-            writing = asyncio.create_task(_write_all(requests, call))
+            write_all = self._write_load if method == _LOAD else _write_all
+            writing = asyncio.create_task(write_all(requests, call))
             try:
+                if method == _SUPPLY:
+                    # By which the worker says that it takes the offer, long before it asks for anything.
+                    await context.send_initial_metadata(tuple(await call.initial_metadata()))
                 while (answer := await call.read()) is not grpc.aio.EOF:
-                    if method == _LOAD and self.on_load:
-                        act, self.on_load = self.on_load, None
-                        act()
+                    if method == _LOAD:
+                        self._reach(Stage.LOADED)
+                        if self.on_load:
+                            act, self.on_load = self.on_load, None
+                            act()
                     yield answer
             except grpc.aio.AioRpcError as error:
                 await _pass_on(context, error)
@@ -161,11 +189,26 @@ class WorkerProxy(grpc.GenericRpcHandler):
         finally:
             await _end(call, writing)
 
+    async def _write_load(self, requests: AsyncIterator[bytes], call: grpc.aio.StreamStreamCall) -> None:
+        async for data in requests:
+            request = LoadRequest.FromString(data)
+            self._reach(Stage.ASKED, request)
+            await call.write(request.SerializeToString())
+            self._reach(Stage.LOADING, request)
+        await call.done_writing()
+
+    def _reach(self, stage: Stage, request: Any = None) -> None:
+        """Take note that the worker has come so far."""
+        if act := self.at_stage.pop(stage, None):
+            act(request)
+
     async def _hand_on(
         self, requests: AsyncIterator[bytes], call: grpc.aio.StreamStreamCall, asked: asyncio.Queue[ExecuteRequest]
     ) -> None:
         async for data in requests:
             request = ExecuteRequest.FromString(data)
+            if request.round <= len(_FIRST_ROUNDS):
+                self._reach(_FIRST_ROUNDS[request.round - 1], request)
             if request.WhichOneof("action") != "open":
                 self._steps.setdefault((request.epoch, request.step // LIMIT), len(self._steps))
             for trap in self._springing(request, When.BEFORE):

@@ -51,9 +51,9 @@ class Sizes:
 
     _by_pid: dict[int, Size] = field(default_factory=dict)
 
-    def note(self, name: str, program: Program) -> None:
-        """Take a program's resident set after a round."""
-        self._by_pid.setdefault(program.pid, Size(name)).note(program.rss_bytes)
+    def note(self, name: str, program: Program, weights_bytes: int = 0) -> None:
+        """Take a program's resident set after a round, without the weights that it holds."""
+        self._by_pid.setdefault(program.pid, Size(name)).note(program.rss_bytes - weights_bytes)
 
     def settled(self) -> list[Size]:
         """Give those that lived on after they had settled."""

@@ -2,9 +2,10 @@
 
     python -m tests.faults.soak --minutes 10 --seed 1
 
-Round r of a seed is always the same: which streams run, which workers fail, how, and in which step of theirs. Before the first
-round every stream runs undisturbed; that is what it must give ever after. At the end the resident set of each process is compared
-with what it was once the process had done some rounds. Exit code 0: nothing differed, and nothing grew by more than 5 %.
+Round r of a seed is always the same: which streams run, which workers fail, how, and in which step of theirs, and into how many
+shards the mesh is cut anew, if it is. Before the first round every stream runs undisturbed; that is what it must give ever after.
+At the end the resident set of each process, without its weights, is compared with what it was once the process had done some
+rounds. Exit code 0: nothing differed, and nothing grew by more than 5 %.
 """
 
 from __future__ import annotations
@@ -23,6 +24,7 @@ from typing import TYPE_CHECKING
 import click
 
 from tests.faults.campaign import ACTIONS
+from tests.faults.cuts import check_tidy, wait_cut
 from tests.faults.faults import FAULTS, LIES
 from tests.faults.mesh import Coordinator, Mesh, mesh_of
 from tests.faults.proxy import Moment, When
@@ -35,8 +37,12 @@ if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable
 
 NUM_STREAMS = 24
-NUM_WORKERS = 4
-"""Two shards and two spares."""
+NUM_WORKERS = 6
+"""Up to four shards, and two spares."""
+NUMBERS = (1, 2, 3, 4)
+"""Of shards."""
+MAX_MESSAGES = 200
+"""After so many of a round, or at its end, the mesh is cut anew, if it is."""
 MAX_STEP = 40
 GROWTH = 0.05
 """Of a resident set, at most."""
@@ -61,10 +67,12 @@ class Soak:
     """A soak, and what it did."""
 
     mesh: Mesh
-    """With two shards and spares."""
+    """With two shards at first, and as many spares as may fail in a round: two."""
     caller: Caller
     """Of the coordinator that serves it."""
     seed: int
+    numbers: tuple[int, ...]
+    """Of shards, which the mesh may be cut into."""
     say: Callable[[str], None]
     """Told of each round."""
     rounds: int = 0
@@ -73,6 +81,7 @@ class Soak:
     faults: Counter[str] = field(default_factory=Counter)
     missed: int = 0
     """Faults whose moment never came, because the streams were over."""
+    reshards: int = 0
     worst_pause_s: float = 0.0
     wrong: list[str] = field(default_factory=list)
 
@@ -90,8 +99,10 @@ class Soak:
         chosen = random.Random(f"round {self.seed} {self.rounds}")  # noqa: S311  # for variety
         running = chosen.sample(streams, chosen.randrange(1, 13))
         injuries = await self._prepare(chosen)
+        wish = chosen.choice((0, *self.numbers))
         started_s = time.monotonic()
-        outcomes: dict[str, Outcome] = await within(STREAM_S + 10, "a round of the soak", self.caller.generate_all(running))
+        work = self._generate(running, wish, chosen.randrange(MAX_MESSAGES))
+        outcomes: dict[str, Outcome] = await within(STREAM_S + 10, "a round of the soak", work)
         took_s = time.monotonic() - started_s
         self.rounds += 1
         self.streams += len(running)
@@ -100,20 +111,41 @@ class Soak:
         self.missed += sum(not injury.sprung.is_set() for injury in injuries)
         pause_s = max(outcome.longest_pause_s for outcome in outcomes.values())
         self.worst_pause_s = max(self.worst_pause_s, pause_s)
-        what = "; ".join(map(str, injuries)) or "no fault"
+        what = "; ".join([*map(str, injuries), *([f"{wish} shards"] if wish else [])]) or "no fault"
         self.say(f"round {self.rounds}: {len(running)} streams, {what}: {took_s:.1f} s, longest pause {pause_s:.2f} s")
         wrong = [text for stream in running for text in differences(stream, outcomes[stream.name], expected[stream.name])]
         for text in wrong:
             self.say(f"  WRONG {text}")
         self.wrong += wrong
         await self.mesh.mend(self.caller)
+        if wish:
+            self.reshards += 1
+            await wait_cut(self.caller, wish)
+        await check_tidy(self.mesh, self.caller)
+
+    async def _generate(self, streams: list[Stream], wish: int, messages: int) -> dict[str, Outcome]:
+        """Run streams, and ask for so many shards, unless it is 0, after so many messages."""
+        asking: list[asyncio.Task[None]] = []
+        left = messages
+
+        def note(_: Outcome) -> None:
+            nonlocal left
+            left -= 1
+            if left == 0:
+                asking.append(asyncio.create_task(self.caller.reshard(wish)))
+
+        outcomes = await self.caller.generate_all(streams, note if wish else lambda _: None)
+        if wish and not asking:
+            await self.caller.reshard(wish)
+        await asyncio.gather(*asking)
+        return outcomes
 
     async def _prepare(self, chosen: random.Random) -> list[Injury]:
-        """Lay the traps of a round: for none, one or both of the serving workers."""
+        """Lay the traps of a round: for none, one or two of the serving workers."""
         serving = await self.mesh.serving(self.caller)
         self.mesh.count_from_here()
         injuries = []
-        for shard in chosen.sample((0, 1), chosen.choice((0, 1, 1, 1, 2))):
+        for shard in chosen.sample(range(len(serving)), min(len(serving), chosen.choice((0, 1, 1, 1, 2)))):
             fault = chosen.choice(list(FAULTS))
             when = When.AFTER if fault in LIES else chosen.choice(list(When))
             moment = Moment(chosen.randrange(MAX_STEP), *chosen.choice(ACTIONS), when)
@@ -153,14 +185,18 @@ async def _main(minutes: float, seed: int, most_rounds: float) -> int:
         make_checkpoint("glm4_moe", model)
         add_tokenizer(model)
         async with mesh_of(model, NUM_WORKERS) as mesh, mesh.coordinator() as (coordinator, caller):
-            soak, sizes = Soak(mesh, caller, seed, click.echo), Sizes()
+            soak, sizes = Soak(mesh, caller, seed, NUMBERS, click.echo), Sizes()
             await soak.run(60 * minutes, most_rounds, partial(_note_sizes, sizes, mesh, coordinator, caller))
             recovery = (await caller.mesh()).recovery
     click.echo(
         f"seed {seed}: {soak.rounds} rounds, {soak.streams} streams, {soak.tokens} tokens compared, {len(soak.wrong)} wrong\n"
-        f"faults {dict(soak.faults)}, and {soak.missed} whose moment never came; longest pause {soak.worst_pause_s:.2f} s"
+        f"faults {dict(soak.faults)}, and {soak.missed} whose moment never came; "
+        f"{soak.reshards} numbers of shards asked for; longest pause {soak.worst_pause_s:.2f} s"
     )
-    click.echo(f"the coordinator counts {recovery.recoveries} recoveries, and failures {dict(recovery.failures)}")
+    click.echo(
+        f"the coordinator counts {recovery.recoveries} recoveries, {recovery.reshards} times that the mesh was cut anew, "
+        f"and failures {dict(recovery.failures)}"
+    )
     for size in sizes.settled():
         click.echo(f"RSS of {size}")
     return int(bool(soak.wrong) or any(size.growth > GROWTH for size in sizes.settled()))
@@ -170,7 +206,7 @@ async def _note_sizes(sizes: Sizes, mesh: Mesh, coordinator: Coordinator, caller
     """Take the sizes of who is at work; a spare grows when it loads."""
     sizes.note("coordinator", coordinator.program)
     for worker in await mesh.serving(caller):
-        sizes.note(f"worker {worker.number}", worker.program)
+        sizes.note(f"worker {worker.number}", worker.program, (await worker.describe()).weights_bytes)
 
 
 if __name__ == "__main__":

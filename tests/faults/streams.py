@@ -18,6 +18,7 @@ from protos.generation_pb2 import (
     GenerateResponse,
     GetMeshRequest,
     GetMeshResponse,
+    ReshardRequest,
     Sampling,
     TokenIds,
 )
@@ -159,8 +160,16 @@ def broken_differences(stream: Stream, found: Outcome, expected: Outcome, codes:
 class Caller:
     """A channel to one coordinator that hides nothing of what comes."""
 
-    def __init__(self, address: str, credentials: grpc.ChannelCredentials | None = None) -> None:
-        """Make the channel; None: in plaintext."""
+    def __init__(self, address: str, credentials: grpc.ChannelCredentials | None = None, *, stream_s: float = STREAM_S) -> None:
+        """Make the channel.
+
+        Args:
+            address: of the coordinator.
+            credentials: None: in plaintext.
+            stream_s: longest that a stream may take, recovery included.
+
+        """
+        self._stream_s = stream_s
         options = rpc.channel_options(max_send_bytes=rpc.MAX_CALLER_BYTES, max_receive_bytes=rpc.MAX_CALLER_BYTES)
         self._channel = (
             grpc.aio.secure_channel(address, credentials, options=options)
@@ -171,11 +180,11 @@ class Caller:
         self._health = health_pb2_grpc.HealthStub(self._channel)
 
     async def generate(self, stream: Stream, on_message: Callable[[Outcome], None] | None = None) -> Outcome:
-        """Run one stream to its end, whatever that is; a call that outlives `STREAM_S` ends with DEADLINE_EXCEEDED."""
+        """Run one stream to its end, whatever that is; a call that outlives its time ends with DEADLINE_EXCEEDED."""
         outcome = Outcome()
         started_s = time.monotonic()
         try:
-            async for response in self._stub.Generate(stream.request(), timeout=STREAM_S):
+            async for response in self._stub.Generate(stream.request(), timeout=self._stream_s):
                 outcome.add(response)
                 if on_message:
                     on_message(outcome)
@@ -207,13 +216,17 @@ class Caller:
 
     def open(self, stream: Stream) -> AsyncIterator[GenerateResponse]:
         """Begin a call that whoever opened it reads, or cancels, or forgets."""
-        call: AsyncIterator[GenerateResponse] = self._stub.Generate(stream.request(), timeout=STREAM_S)
+        call: AsyncIterator[GenerateResponse] = self._stub.Generate(stream.request(), timeout=self._stream_s)
         return call
 
     async def mesh(self, timeout_s: float = 15.0) -> GetMeshResponse:
         """Ask what the mesh is doing."""
         response: GetMeshResponse = await self._stub.GetMesh(GetMeshRequest(), timeout=timeout_s)
         return response
+
+    async def reshard(self, num_shards: int, timeout_s: float = 15.0) -> None:
+        """Ask for another number of shards; what is asked for is on its way then."""
+        await self._stub.Reshard(ReshardRequest(num_shards=num_shards), timeout=timeout_s)
 
     async def serving(self, timeout_s: float = 5.0) -> bool:
         """Ask the health service; a coordinator that is not there does not serve."""

@@ -147,7 +147,7 @@ async def test_a_coordinator_that_goes_away_is_one_line_and_may_come_back(mesh: 
     async with mesh(checkpoint, 1) as running:
         address = running.coordinator.address
         async with top("--coordinator", address) as (process, terminal):
-            await terminal.wait_line("serving on 1 shards")
+            await terminal.wait_line("serving on 1 shard,")
             await running.coordinator.stop(0)
             told = "no answer for [1-9][0-9]* s: coordinator"
             lines = await terminal.wait_line(told)
@@ -155,13 +155,13 @@ async def test_a_coordinator_that_goes_away_is_one_line_and_may_come_back(mesh: 
             assert re.match(told, lines[0])
             # Long as it is, it was folded.
             assert "connect: No such file or directory" in " ".join(lines[:5])
-            assert any(line.startswith("serving on 1 shards") for line in lines)
+            assert any(line.startswith("serving on 1 shard,") for line in lines)
             assert process.returncode is None
             await restart(running)
-            lines = await terminal.wait_line("serving on 1 shards", after=terminal.num_screens)
+            lines = await terminal.wait_line("serving on 1 shard,", after=terminal.num_screens)
             while lines[0].startswith("no answer"):
-                lines = await terminal.wait_line("serving on 1 shards", after=terminal.num_screens)
-            assert lines[0].startswith("serving on 1 shards")
+                lines = await terminal.wait_line("serving on 1 shard,", after=terminal.num_screens)
+            assert lines[0].startswith("serving on 1 shard,")
             await running.coordinator.stop(0)
             await terminal.wait_line(told, after=terminal.num_screens)
             terminal.press(b"\x03")

@@ -105,12 +105,12 @@ def test_it_follows_until_the_mesh_serves_and_tells_what_is_in_the_way_when_that
     assert result.exit_code == 0, result.output
     assert FakeClient.asked == [4]
     assert result.stderr.splitlines() == [
-        "2 shards serve, 4 are wanted: under way",
-        "2 shards serve, 4 are wanted: 3 of 4 workers answer",
-        "no full mesh serves, 4 are wanted: under way",
+        "served by 2 shards, wanted are 4: under way",
+        "served by 2 shards, wanted are 4: 3 of 4 workers answer",
+        "no full mesh serves, wanted are 4: under way",
     ]
     (line,) = result.stdout.splitlines()
-    assert line.startswith("4 shards serve after 0.")
+    assert line.startswith("served by 4 shards after 0.")
     assert "callers' streams paused 0.041 s (noticed in 0 ms, assembled in 0 ms, proven in 12 ms, replayed in 29 ms)" in line
     assert line.endswith("workers: w3:1, w2:1, w1:1, w0:1")
 
@@ -126,10 +126,10 @@ def test_json_is_one_object_and_nothing_else(run: Callable[..., Any]) -> None:
 
 def test_as_many_as_there_are_is_said_at_once(run: Callable[..., Any]) -> None:
     result = run([mesh_of(4, 4, reshards=3)])
-    assert (result.exit_code, result.stdout) == (0, "4 shards serve already: w3:1, w2:1, w1:1, w0:1\n")
+    assert (result.exit_code, result.stdout) == (0, "served already by 4 shards: w3:1, w2:1, w1:1, w0:1\n")
     # A mesh that is about to become another one is not served already: it shall stay.
     result = run([mesh_of(4, 2), mesh_of(4, 4)])
-    assert result.stdout.startswith("4 shards serve after 0.")
+    assert result.stdout.startswith("served by 4 shards after 0.")
     assert "paused" not in result.stdout
     assert FakeClient.asked == [4, 4]
 
@@ -151,7 +151,7 @@ def test_a_coordinator_that_is_away_for_a_while_is_waited_for(run: Callable[...,
     away = WorkerLost("coordinator unix:/socket: connection refused")
     result = run([mesh_of(2, 2), away, away, mesh_of(2, 4), RESHARDED])
     assert result.exit_code == 0
-    assert result.stderr.splitlines() == [str(away), "2 shards serve, 4 are wanted: under way"]
+    assert result.stderr.splitlines() == [str(away), "served by 2 shards, wanted are 4: under way"]
 
 
 @pytest.mark.parametrize("json_", [(), ("--json",)])
@@ -159,13 +159,13 @@ def test_time_that_is_up_is_one_error_that_says_how_far_it_is(run: Callable[...,
     error = run([mesh_of(2, 2), mesh_of(2, 4, "3 of 4 workers answer")], "--timeout", "0.05", *json_).exception
     assert type(error) is MeshError
     assert str(error) == (
-        "after 0.05 s 2 shards serve, 4 are wanted: 3 of 4 workers answer; the mesh goes on, coordctl status shows how far"
+        "after 0.05 s served by 2 shards, wanted are 4: 3 of 4 workers answer; the mesh goes on, coordctl status shows how far"
     )
 
 
 def test_a_coordinator_that_says_nothing_any_more_is_not_followed_for_ever(run: Callable[..., Any]) -> None:
     error = run([mesh_of(2, 2), lambda: None], "--timeout", "0.05").exception
-    assert str(error).startswith("after 0.05 s the coordinator did not answer; ")
+    assert str(error).startswith("after 0.05 s it was asked for, and no more is known; ")
 
 
 def test_somebody_who_asks_for_another_number_ends_it(run: Callable[..., Any]) -> None:

@@ -84,7 +84,7 @@ def test_a_mesh_that_is_cut_anew_says_so_and_what_is_in_the_way(
     monkeypatch: pytest.MonkeyPatch, obstacle: str, told: str
 ) -> None:
     monkeypatch.setattr(sys.modules[__name__], "MESH", GetMeshResponse(num_shards=2, wanted_shards=4, reshard_obstacle=obstacle))
-    assert f"4 shards are wanted: {told}" in printed(monkeypatch).splitlines()
+    assert f"wanted are 4 shards: {told}" in printed(monkeypatch).splitlines()
     found = json.loads(printed(monkeypatch, "--json"))
     assert (found["wanted_shards"], found["reshard_obstacle"]) == (4, obstacle)
 

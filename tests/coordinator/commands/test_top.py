@@ -110,7 +110,7 @@ def test_people_see_workers_experts_and_what_broke(monkeypatch: pytest.MonkeyPat
         "17 of layer 3",
         "25.0%",
         "2 recoveries; failures: 2 WORKER_LOST; 1 reshards",
-        "2 shards are wanted: 1 of 2 [workers] answers",
+        "wanted are 2 shards: 1 of 2 [workers] answers",
         "c:1 [died]",
     ):
         assert text in shown
