@@ -48,23 +48,23 @@ class RunningWorker:
     _server: grpc.aio.Server
     _health: health.aio.HealthServicer
     _holding: Holding
-    _probes: HealthListener | None
-    _metrics: MetricsListener | None
+    probes: HealthListener | None = None
+    metrics: MetricsListener | None = None
 
     @property
     def metrics_url(self) -> str | None:
         """Where metrics are served; None if they are not."""
-        return self._metrics.url if self._metrics else None
+        return self.metrics.url if self.metrics else None
 
     async def stop(self, grace: float) -> bool:
         """Say NOT_SERVING, give running calls `grace` seconds, free all; whether the device's thread ended too."""
         await self._health.enter_graceful_shutdown()
         self._holding.cancel_loading()
         await self._server.stop(grace)
-        if self._probes:
-            await self._probes.stop()
-        if self._metrics:
-            await self._metrics.stop()
+        if self.probes:
+            await self.probes.stop()
+        if self.metrics:
+            await self.metrics.stop()
         unbind(self.address)
         return self._holding.executor.close(EXECUTOR_CLOSE_S)
 
@@ -126,16 +126,21 @@ async def start_worker(
     address = await bind(server, listen, credentials)
     executor = Executor(chosen, threads)
     holding = Holding(executor, kernels or choose_kernels(chosen, executor.num_threads), _HealthNotifier(checker).notify)
+    worker = RunningWorker(address, server, checker, holding)
     add_ShardWorkerServicer_to_server(ShardWorkerService(holding, _version()), server)
     health_pb2_grpc.add_HealthServicer_to_server(checker, server)
     reflection.enable_server_reflection((SERVICE_NAME, health.SERVICE_NAME, reflection.SERVICE_NAME), server)
     await checker.set("", health_pb2.HealthCheckResponse.SERVING)
     await checker.set(SERVICE_NAME, health_pb2.HealthCheckResponse.NOT_SERVING)
-    probes = await listen_for_probes(health_listen, checker) if health_listen else None
-    metrics = await _serve_metrics(metrics_listen, holding) if metrics_listen else None
+    try:
+        worker.probes = await listen_for_probes(health_listen, checker) if health_listen else None
+        worker.metrics = await _serve_metrics(metrics_listen, holding) if metrics_listen else None
+    except BaseException:
+        await worker.stop(0)
+        raise
     await server.start()
     log.info("worker listens", worker=address, tls=credentials is not None, device=chosen.type, threads=executor.num_threads)
-    return RunningWorker(address, server, checker, holding, probes, metrics)
+    return worker
 
 
 async def _serve_metrics(address: str, holding: Holding) -> MetricsListener:

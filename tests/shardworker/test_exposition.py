@@ -55,6 +55,8 @@ async def test_an_address_that_is_taken_or_none_is_refused_in_one_line(tmp_path:
         taken = first.metrics_url.removeprefix("http://").removesuffix("/metrics")
         with pytest.raises(InvalidArgument, match=rf"^cannot listen on {taken} for metrics: Address already in use$"):
             await start_worker(f"unix:{tmp_path}/b", device="cpu", threads=1, metrics_listen=taken)
+        # Nothing of it is left.
+        assert not (tmp_path / "b").exists()
     finally:
         await first.stop(0)
     with pytest.raises(InvalidArgument, match="--metrics-listen must be HOST:PORT"):
