@@ -80,8 +80,8 @@ class ShardWorkerServicer:
 
     def Load(self, request, context):
         """Makes the worker the shard of `plan`; progress until exactly one `loaded`. Idempotent: a plan that is held already is
-        not read again. Another plan replaces the held one; on failure the worker holds nothing. With `beside` it joins the held
-        one, which serves on until its last session ends; on failure the worker holds what it held.
+        not read again. Another plan replaces the held one; on failure the worker holds nothing. With `beside` it joins a held
+        one that has sessions, which serves on until the last of them ends, whether or not this fails.
         FAILED_PRECONDITION: other protocol version, missing or different checkpoint files. ABORTED: lower assignment.
         INVALID_ARGUMENT: a plan that contradicts itself. RESOURCE_EXHAUSTED: too little memory.
         """

@@ -44,7 +44,7 @@ def test_code_comes_after_whatever_is_downloaded(name: str) -> None:
     assert [stage for stage, text in by_name.items() if re.search(r"^COPY (?!--from|pyproject)", text, re.MULTILINE)] == [
         "builder"
     ]
-    assert re.match(r"FROM (libraries|kubernetes)\nCOPY --from=builder ", by_name[""])
+    assert re.match(r"FROM (libraries|coordinator)\nCOPY --from=builder ", by_name[""])
     assert "pip install" not in by_name[""]
 
 
