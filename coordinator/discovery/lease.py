@@ -44,7 +44,7 @@ SHARDS_ANNOTATION = "shardmesh.dev/shards"
 """On the Lease: how many shards all coordinators want. Whoever may write the Lease may change it while they serve."""
 
 _NUMBER = re.compile("[1-9][0-9]{0,4}")
-_NOT_FOUND, _CONFLICT = 404, 409
+_NOT_FOUND, _CONFLICT, _INVALID = 404, 409, 422
 
 
 class KubernetesLease:
@@ -64,8 +64,8 @@ class KubernetesLease:
         self.name = f"{target.namespace}/{target.name}"
         self.holder = ""
         """Who holds it as far as is known; empty: nobody."""
-        self._metadata = {"namespace": target.namespace, "name": target.name}
-        self._path = f"/apis/coordination.k8s.io/v1/namespaces/{target.namespace}/leases"
+        self._metadata: Json = {"namespace": target.namespace, "name": target.name}
+        self._own_path = f"/apis/coordination.k8s.io/v1/namespaces/{target.namespace}/leases/{target.name}"
         self._identity = identity or f"{socket.gethostname()}_{secrets.token_hex(4)}"
         self._connect = connect
         self._api: KubernetesApi | None = None
@@ -185,9 +185,9 @@ class KubernetesLease:
             await self._write(self._spec_term if self.holder == self._identity else self._highest + 1)
         except ApiError as error:
             self._lose()
-            if error.status != _CONFLICT:
+            if error.status not in {_CONFLICT, _INVALID}:
                 raise
-            # Another coordinator was faster.
+            # Another coordinator was faster: it is there by now, or of another version.
 
     async def _look(self, api: KubernetesApi) -> None:
         try:
@@ -204,6 +204,9 @@ class KubernetesLease:
 
     def _take(self, found: Json) -> None:
         self._seen = found
+        # Should somebody delete it, it is made anew as it was: with what it wants, and of the same Helm release.
+        seen = found.get("metadata") or {}
+        self._metadata |= {key: seen[key] for key in ("labels", "annotations") if seen.get(key)}
         self._read_shards()
         self._highest = max(self._highest, self._spec_term)
         holder = self._spec.get("holderIdentity") or ""
@@ -221,10 +224,6 @@ class KubernetesLease:
             return
         self._shards = int(text)
         self._shards_changed.set()
-
-    @property
-    def _own_path(self) -> str:
-        return f"{self._path}/{self._metadata['name']}"
 
     @property
     def _spec(self) -> Json:
@@ -256,12 +255,9 @@ class KubernetesLease:
             # By the version within the server knows whether somebody wrote meanwhile.
             found = await self._api.request("PUT", self._own_path, body={**self._seen, "spec": spec}, timeout_s=REQUEST_S)
         else:
-            metadata: Json = dict(self._metadata)
-            if self._shards:
-                # It was there before, and somebody deleted it.
-                metadata["annotations"] = {SHARDS_ANNOTATION: str(self._shards)}
-            body = {"apiVersion": "coordination.k8s.io/v1", "kind": "Lease", "metadata": metadata, "spec": spec}
-            found = await self._api.request("POST", self._path, body=body, timeout_s=REQUEST_S)
+            # A Lease may be made by writing to its name: the right to do that can be limited to it.
+            body = {"apiVersion": "coordination.k8s.io/v1", "kind": "Lease", "metadata": self._metadata, "spec": spec}
+            found = await self._api.request("PUT", self._own_path, body=body, timeout_s=REQUEST_S)
         self._take(found)
         self._renewed_at = sent_at
 

@@ -120,7 +120,7 @@ def test_coordinators_may_watch_slices_and_write_one_lease() -> None:
             "apiGroups": ["coordination.k8s.io"],
             "resources": ["leases"],
             "resourceNames": ["mesh-coordinator"],
-            "verbs": ["get", "update"],
+            "verbs": ["get", "update", "create"],
         },
     ]
     (binding,) = rendered.of_kind("RoleBinding")

@@ -33,20 +33,22 @@ class Store:
         self.methods.append(asked.method)
         if self.broken:
             return self.broken.pop(0)
-        if asked.method == "POST":
-            assert asked.path == PATH
-            return (
-                Answer(409, refusal(409, "AlreadyExists", "leases plan already exists")) if self.lease else self.keep(asked.body)
-            )
         assert asked.path == f"{PATH}/plan"
-        if self.lease is None:
-            return Answer(404, refusal(404, "NotFound", 'leases "plan" not found'))
         if asked.method == "GET":
-            return Answer(body=self.lease)
+            return Answer(body=self.lease) if self.lease else Answer(404, refusal(404, "NotFound", 'leases "plan" not found'))
         assert asked.method == "PUT"
-        if asked.body["metadata"]["resourceVersion"] != self.lease["metadata"]["resourceVersion"]:
+        return self.put(asked.body)
+
+    def put(self, body: dict[str, Any]) -> Answer:
+        version = body["metadata"].get("resourceVersion")
+        if self.lease is None:
+            # Written to its name, it is made.
+            return Answer(404, refusal(404, "NotFound", 'leases "plan" not found')) if version else self.keep(body)
+        if not version:
+            return Answer(422, refusal(422, "Invalid", "metadata.resourceVersion must be specified for an update"))
+        if version != self.lease["metadata"]["resourceVersion"]:
             return Answer(409, refusal(409, "Conflict", "the object has been modified"))
-        return self.keep(asked.body)
+        return self.keep(body)
 
     def keep(self, body: dict[str, Any]) -> Answer:
         assert body["spec"]["leaseDurationSeconds"] > 0
@@ -112,7 +114,7 @@ async def test_one_takes_the_lease_and_the_other_knows_who(store: Store, clock: 
     assert store.spec["acquireTime"] == taken
     assert store.spec["renewTime"] > taken
     # One request for each look or renewal.
-    assert store.methods == ["GET", "POST", "GET", "PUT"]
+    assert store.methods == ["GET", "PUT", "GET", "PUT"]
 
 
 async def test_a_holder_that_is_renewed_is_left_alone_however_long(store: Store, clock: SimpleNamespace, pair: Pair) -> None:
@@ -323,8 +325,27 @@ async def test_a_lease_that_was_deleted_is_made_anew_with_what_it_said(store: St
     await first._try()
     await asyncio.wait_for(seen, 5)
     store.annotate("4")
+    store.label()
     await first._try()
+    assert store.lease
+    labels = store.lease["metadata"]["labels"]
     store.lease = None
     await first._try()
     assert store.lease
     assert store.lease["metadata"]["annotations"] == {SHARDS_ANNOTATION: "4"}
+    # Its release knows it again.
+    assert store.lease["metadata"]["labels"] == labels
+
+
+async def test_of_two_that_make_the_lease_at_once_one_holds_it(store: Store, clock: SimpleNamespace, pair: Pair) -> None:
+    del clock
+    first, second = pair
+    # Both see that there is none.
+    absent = Answer(404, refusal(404, "NotFound", 'leases "plan" not found'))
+    store.broken = [absent]
+    await first._try()
+    store.broken = [absent]
+    await second._try()
+    assert (first.term, second.term) == (1, None)
+    await second._try()
+    assert second.holder == "first"
