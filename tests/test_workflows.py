@@ -28,7 +28,7 @@ def test_commands_are_of_this_repository(workflow: Path) -> None:
 
 def test_workflows_run_what_a_developer_runs_and_the_clusters_tests() -> None:
     scripts = {step["run"].strip() for workflow in WORKFLOWS for step in steps(workflow) if "run" in step}
-    assert ".ci/run" in scripts
+    assert "SHARDMESH_REQUIRE_PROMETHEUS=1 .ci/run" in scripts
     assert any("make test-kind" in script for script in scripts)
 
 

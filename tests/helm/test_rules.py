@@ -1,16 +1,16 @@
 """Rules and dashboards in files/ go into the cluster as they are; promtool reads the rules, where there is one."""
 
 import json
-import shutil
 import subprocess
 
 import pytest
 import yaml
 
 from tests.helm.chart import CHART, render
+from tests.observability.prometheus import find_program
 
 RULES = CHART / "files" / "rules.yaml"
-PROMTOOL = shutil.which("promtool")
+PROMTOOL = find_program("promtool")
 
 
 @pytest.mark.skipif(PROMTOOL is None, reason="promtool is missing: it comes with Prometheus")

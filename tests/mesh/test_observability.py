@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import re
-import shutil
 import subprocess
 from collections import defaultdict
 from collections.abc import AsyncIterator, Callable
@@ -19,10 +18,10 @@ from coordinator.app import Coordinator
 from protos.errors import InvalidArgument
 from protos.generation_pb2 import GenerateRequest, TokenIds
 from tests.mesh.conftest import Mesh, MeshMaker
-from tests.observability.prometheus import PROGRAM, fetch, prometheus
+from tests.observability.prometheus import PROGRAM, fetch, find_program, prometheus
 from tests.observability.promql import ROOT, TARGET_LABELS, Query, queries
 
-PROMTOOL = shutil.which("promtool")
+PROMTOOL = find_program("promtool")
 DOCS = ROOT / "docs" / "observability.md"
 
 

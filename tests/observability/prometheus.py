@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import os
 import shutil
 import socket
 import urllib.parse
@@ -18,7 +19,16 @@ import yaml
 
 from tests.observability.promql import RULES
 
-PROGRAM = shutil.which("prometheus")
+
+def find_program(name: str) -> str | None:
+    """Find one of Prometheus's; SHARDMESH_REQUIRE_PROMETHEUS=1 makes its absence a failure instead of a skipped test."""
+    found = shutil.which(name)
+    if found is None and os.environ.get("SHARDMESH_REQUIRE_PROMETHEUS"):
+        raise FileNotFoundError(f"{name} is missing, and SHARDMESH_REQUIRE_PROMETHEUS is set")
+    return found
+
+
+PROGRAM = find_program("prometheus")
 
 
 @dataclass(frozen=True)

@@ -7,10 +7,12 @@ from pathlib import Path
 import pytest
 import yaml
 
+from tests.observability.prometheus import find_program
+
 ROOT = Path(__file__).parents[2]
 RULES = ROOT / "helm" / "shardmesh" / "files" / "rules.yaml"
 CASES = Path(__file__).with_name("alerts.yaml")
-PROMTOOL = shutil.which("promtool")
+PROMTOOL = find_program("promtool")
 
 
 @pytest.mark.skipif(PROMTOOL is None, reason="promtool is missing: it comes with Prometheus")
