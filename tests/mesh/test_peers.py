@@ -185,7 +185,8 @@ def lying(monkeypatch: pytest.MonkeyPatch) -> Callable[[RunningWorker, float], N
         return result.fill_(liars[id(self)]) if layer == 1 and id(self) in liars else result
 
     def lie(worker: RunningWorker, value: float) -> None:
-        liars[id(worker._holding.shard)] = value
+        holding = worker._holding
+        liars[id(holding.check_plan(holding.held().plan_digest))] = value
 
     monkeypatch.setattr(Shard, "feed_forward", feed_forward)
     return lie
