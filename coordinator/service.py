@@ -127,7 +127,7 @@ class GenerationService(generation_pb2_grpc.GenerationServicer):
             raise InvalidArgument("num_shards must be >= 1, found 0")
         await self.reshard(message.num_shards)
         # Whoever asked is bound to the line where API keys tell.
-        log.info("reshard asked for", num_shards=message.num_shards)
+        log.info("reshard asked for", shards=message.num_shards)
         return generation_pb2.ReshardResponse()
 
 

@@ -14,7 +14,7 @@ FACTS = {
     # Places, sizes, counts and times.
     *("worker", "workers", "shard", "epoch", "step", "device", "threads", "kv_pages", "weights_bytes", "file_bytes", "files"),
     *("came", "gone", "name", "holder", "lease", "port", "service", "term"),
-    *("assignment", "capability", "wanted", "tls", "prompt_tokens", "completion_tokens"),
+    *("assignment", "shards", "present", "plans", "capability", "wanted", "tls", "prompt_tokens", "completion_tokens"),
     *("detect_ms", "assemble_ms", "canary_ms", "replay_ms", "stall_ms"),
     # What callers are known by, and what they call their requests.
     *("caller", "request_id", "outcome"),
@@ -59,4 +59,6 @@ def test_a_log_line_is_a_constant_event_with_known_facts(place: str) -> None:
 
 def test_nothing_else_writes_lines_of_its_own() -> None:
     writers = {"print", "logging.debug", "logging.info", "logging.warning", "logging.error", "logging.getLogger", "warnings.warn"}
-    assert [place for place, call in calls() if function(call) in writers] == []
+    # Lines of a library are made ours there.
+    makers = [place for place, call in calls() if function(call) in writers and not place.startswith("coordinator/tracing.py:")]
+    assert makers == []

@@ -220,7 +220,8 @@ class KubernetesLease:
             return
         self._shards_text = text
         if not _NUMBER.fullmatch(text):
-            log.error("the lease names no number of shards", lease=self.name, annotation=SHARDS_ANNOTATION, found=text[:32])
+            error = f"{SHARDS_ANNOTATION} must be a number from 1 to 99999, found {text[:32]!r}"
+            log.error("the lease names no number of shards", lease=self.name, error=error)
             return
         self._shards = int(text)
         self._shards_changed.set()

@@ -186,6 +186,7 @@ async def test_one_that_hangs_while_it_loads_costs_no_stream_anything(
     assert (await caller.mesh()).recovery.recoveries == before.recovery.recoveries
 
 
+@pytest.mark.slow
 async def test_a_load_that_fails_is_another_workers(wide: Mesh, caller: Caller, undisturbed: dict[str, Outcome]) -> None:
     failed: list[Worker] = []
 

@@ -145,7 +145,7 @@ def test_a_callers_key_does_not_change_the_mesh(closed: ClosedMesh) -> None:
     assert (found["num_shards_before"], found["num_shards"], found["paused_s"]) == (2, 2, None)
     assert [worker["shard"] for worker in found["workers"]] == [0, 1]
     asked = [line for line in map(json.loads, closed.logs().splitlines()) if line["event"] == "reshard asked for"]
-    assert [(line["caller"], line["num_shards"]) for line in asked] == [("olga", 2)]
+    assert [(line["caller"], line["shards"]) for line in asked] == [("olga", 2)]
 
 
 @pytest.mark.parametrize(
