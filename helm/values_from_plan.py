@@ -2,6 +2,8 @@ r"""Values of the chart for a model: what its workers and coordinators need, com
 
 coordctl plan --model DIR_OR_HUB_ID --shards 4 --quantize int8 --json | python helm/values_from_plan.py > values.yaml
 
+It prints shards, model.hubId where the model is a hub id, dtype, quantization, seconds to start, tokens of KV cache, and memory.
+
 Workers change the number of shards without a stall if they have room for both plans:
 
 coordctl plan --model DIR_OR_HUB_ID --shards 2 --quantize int8 --json > two.json
@@ -12,6 +14,9 @@ coordctl plan --model DIR_OR_HUB_ID --shards 4 --quantize int8 --json \
 from __future__ import annotations
 
 import json
+import math
+import re
+from pathlib import Path
 from typing import Any, TextIO
 
 import click
@@ -23,9 +28,15 @@ WORKER_MIB = 512
 COORDINATOR_MIB = 1024
 """Of a coordinator beside the embedding: the same, the tokenizer, what requests keep. Measured: 310 MiB for SmolLM2 in all."""
 
+MODEL_BYTES_PER_S = 50e6
+"""At which a coordinator is assumed to download or read a model: a share of a gigabit line, or a slow volume. Not measured."""
+LEAST_STARTUP_S = 600
+"""The chart's own model.startupSeconds."""
+
 _SAME = ("model", "dtype", "quantization")
 _DTYPE_BYTES = {"f32": 4, "bf16": 2, "f16": 2}
 _STEP_MIB = 64
+_HUB_ID = re.compile(r"[A-Za-z0-9_][\w.-]{0,95}/[A-Za-z0-9_][\w.-]{0,95}", re.ASCII)
 
 
 @click.command()
@@ -47,6 +58,7 @@ def main(plan: TextIO, kv_tokens: int, beside: TextIO | None) -> None:
         raise click.ClickException(f"both plans must have the same {', '.join(_SAME)}: only shards may be others")
     worker = values["worker"]["resources"]["limits"]["memory"]
     click.echo(f"# {outline['model']}, {outline['dtype']}, {kv_tokens} tokens of KV cache. On a GPU, {worker} of its memory.")
+    click.echo(f"# model.startupSeconds: {MODEL_BYTES_PER_S / 1e6:.0f} MB/s are assumed, and {LEAST_STARTUP_S} s are the least.")
     # JSON is YAML.
     click.echo(json.dumps(values, indent=2))
 
@@ -63,11 +75,17 @@ def values_for(outline: dict[str, Any], kv_tokens: int, other: dict[str, Any] | 
     shards = outline["shards"]
     # Whoever holds the largest slice of the one may get the largest slice of the other.
     worker = sum(_largest_slice(one, kv_tokens) for one in (outline, other) if one)
-    embedding = outline["vocabulary"] * outline["hidden"] * _DTYPE_BYTES[outline["dtype"]]
+    dtype_bytes = _DTYPE_BYTES[outline["dtype"]]
+    embedding = outline["vocabulary"] * outline["hidden"] * dtype_bytes
+    # Files are not quantized; a worker does that when it loads them.
+    startup = math.ceil(outline["parameters"] * dtype_bytes / MODEL_BYTES_PER_S)
+    model = {"dtype": outline["dtype"], "quantize": outline["quantization"], "startupSeconds": max(startup, LEAST_STARTUP_S)}
+    if _HUB_ID.fullmatch(outline["model"]) and not Path(outline["model"]).exists():
+        model = {"hubId": outline["model"], **model}
     return {
         "shards": len(shards),
         "allowUneven": len(shards).bit_count() != 1,
-        "model": {"dtype": outline["dtype"], "quantize": outline["quantization"]},
+        "model": model,
         "coordinator": {"kvTokens": kv_tokens, "resources": _memory(embedding + COORDINATOR_MIB * MIB)},
         "worker": {"resources": _memory(worker + WORKER_MIB * MIB)},
     }

@@ -89,7 +89,8 @@ CASES: dict[str, Document] = {
     "everything of theirs in pods": {
         "commonLabels": {"team": "llm"},
         "coordinator.extraArgs": ["--log-level=debug"],
-        "coordinator.extraEnv": [{"name": "HF_ENDPOINT", "value": "https://hub.example.org"}],
+        "coordinator.extraEnv": [{"name": "HTTPS_PROXY", "value": "http://proxy.example.org:3128"}],
+        "networkPolicy.modelEgress": [{"ports": [{"port": 3128, "protocol": "TCP"}]}],
         "coordinator.extraVolumes": [{"name": "extra", "emptyDir": {}}],
         "coordinator.extraVolumeMounts": [{"name": "extra", "mountPath": "/extra"}],
         "coordinator.podAnnotations": {"a": "b"},
@@ -107,6 +108,7 @@ CASES: dict[str, Document] = {
         "worker.extraEnv": [{"name": "A", "value": "1"}],
         "worker.extraVolumes": [{"name": "extra", "emptyDir": {}}],
         "worker.extraVolumeMounts": [{"name": "extra", "mountPath": "/extra"}],
+        "worker.startupSeconds": 301,
         "worker.podAnnotations": {"a": "b"},
         "worker.podLabels": {"c": "d"},
         "serviceAccount.annotations": {"e": "f"},
@@ -136,7 +138,7 @@ CASES: dict[str, Document] = {
     "keda": {"autoscaling.mode": "keda", "autoscaling.prometheusAddress": "http://prometheus.monitoring:9090"},
     "pod monitor": {"metrics.monitor": "podMonitor", "metrics.labels": {"release": "prometheus"}, "metrics.rules": True},
     "service monitor": {"metrics.monitor": "serviceMonitor", "metrics.dashboard": True},
-    "no metrics": {"metrics.enabled": False, "metrics.monitor": "podMonitor", "podDisruptionBudget.enabled": False},
+    "no metrics": {"metrics.enabled": False, "podDisruptionBudget.enabled": False},
     "no fsGroup": {"fsGroup": None},
     "IPv6": {"ipv6": True, "networkPolicy.apiServerCidr": "::/0"},
 }

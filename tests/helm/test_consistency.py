@@ -42,7 +42,7 @@ def ports_of(template: Document) -> dict[str, int]:
 
 def test_services_select_pods_and_name_their_ports(rendered: Rendered) -> None:
     services = rendered.of_kind("Service")
-    assert len(services) == 2
+    assert len(services) == (4 if rendered.of_kind("ServiceMonitor") else 2)
     for service in services:
         (template,) = templates_of(rendered, service["spec"]["selector"])
         for port in service["spec"]["ports"]:
@@ -310,6 +310,33 @@ def test_health_is_asked_by_the_names_that_the_programs_answer() -> None:
     }
     assert asked["coordinator"] == {"startupProbe": "", "livenessProbe": "", "readinessProbe": "shardmesh.v1.Generation"}
     assert set(asked["worker"].values()) == {""}
+
+
+def test_callers_services_have_no_port_of_metrics(rendered: Rendered) -> None:
+    for service in rendered.of_kind("Service"):
+        ports = [port["name"] for port in service["spec"]["ports"]]
+        assert len(ports) == 1
+        if ports == ["metrics"]:
+            # Those that are not ready too: an alert says that they do not serve.
+            assert (service["spec"]["clusterIP"], service["spec"]["publishNotReadyAddresses"]) == ("None", True)
+
+
+@pytest.mark.parametrize("release", ["mesh", "a-release-of-one-name-that-is-too-long-for-its-pods"])
+def test_keda_asks_for_this_releases_coordinators_only(release: str) -> None:
+    (scaler,) = render(CASES["keda"], release=release).of_kind("ScaledObject")
+    name = scaler["spec"]["scaleTargetRef"]["name"]
+    (pattern,) = re.findall(r'pod=~"([^"]+)"', scaler["spec"]["triggers"][0]["metadata"]["query"])
+    # What a ReplicaSet makes of it: 63 characters, of which the last 5 are random.
+    for revision in ("5d8f7c9b64", "7bd9"):
+        assert re.fullmatch(pattern, f"{name}-{revision}-"[:58] + "x2vbn")
+    for other in (f"{name}-coordinator-7bd9-x2vbn", f"{name}-worker-7bd9-x2vbn", f"{name}-test"):
+        assert not re.fullmatch(pattern, other)
+
+
+def test_starting_gets_the_seconds_that_the_worker_needs() -> None:
+    for seconds, probes in ((120, 60), (301, 151)):
+        probe = render({"worker.startupSeconds": seconds}).pod("worker")["containers"][0]["startupProbe"]
+        assert (probe["failureThreshold"], probe["periodSeconds"]) == (probes, 2)
 
 
 def test_starting_gets_the_seconds_that_the_model_needs() -> None:

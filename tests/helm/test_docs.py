@@ -36,7 +36,7 @@ def test_the_page_has_values_for_many_tasks() -> None:
 
 def test_the_second_command_is_that_of_the_notes() -> None:
     notes = helm("install", "mesh", str(CHART), "--dry-run=client").stdout.partition("NOTES:")[2].replace(" -n default", "")
-    (command,) = re.findall(r"    kubectl get secret .*?\n\n", PAGE, re.DOTALL)
+    (command,) = re.findall(r"    kubectl get secret mesh-caller-key .*?\n\n", PAGE, re.DOTALL)
     assert command in notes
 
 

@@ -2,7 +2,7 @@
 
 import subprocess
 import sys
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 
 import pytest
 
@@ -45,6 +45,19 @@ def test_a_model_is_fetched_once_into_a_folder_that_is_marked_last(fetch: list[s
     (folder / "asked.json").unlink()
     assert run([*fetch, "owner/name", "main", str(folder)], tmp_path).returncode == 0
     assert not (folder / "asked.json").exists()
+
+
+def test_a_failed_try_leaves_its_log() -> None:
+    (job,) = render().of_kind("Job")
+    # With OnFailure the pod, and its log, would go with the last failure.
+    assert job["spec"]["template"]["spec"]["restartPolicy"] == "Never"
+
+
+def test_revisions_have_folders_of_their_own() -> None:
+    revisions = ["a/b", "a-b", "a", "a_b", "a.b"]
+    folders = [render({"model.revision": revision}).pod("model")["containers"][0]["args"][-1] for revision in revisions]
+    assert len({PurePosixPath(folder) for folder in folders}) == len(revisions)
+    assert len({PurePosixPath(folder).parent for folder in folders}) == 1
 
 
 def test_what_cannot_be_fetched_is_said_in_one_line_and_marks_nothing(fetch: list[str], tmp_path: Path) -> None:

@@ -76,6 +76,7 @@ def test_no_component_ends_with_another() -> None:
     named = {name for text in texts for name in re.findall(r'"shardmesh\.name" \(list [.$]\w* "([a-z-]+)"\)', text)}
     named |= {name for text in texts for name in re.findall(r'"shardmesh\.metadata" \(list [.$]\w* "[a-z]+" "([a-z-]+)"\)', text)}
     named |= {f"{role}-tls" for role in ("coordinator", "worker", "caller")}
+    named |= {f"{component}-metrics" for component in ("coordinator", "worker")}
     assert {"coordinator", "worker", "workers", "model", "environment", "ca"} <= named
     assert [(one, other) for one in named for other in named if one.endswith(f"-{other}")] == []
 

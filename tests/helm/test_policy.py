@@ -115,7 +115,7 @@ def test_coordinators_may_watch_slices_and_write_one_lease() -> None:
     rendered = render()
     (role,) = rendered.of_kind("Role")
     assert role["rules"] == [
-        {"apiGroups": ["discovery.k8s.io"], "resources": ["endpointslices"], "verbs": ["get", "list", "watch"]},
+        {"apiGroups": ["discovery.k8s.io"], "resources": ["endpointslices"], "verbs": ["list", "watch"]},
         {
             "apiGroups": ["coordination.k8s.io"],
             "resources": ["leases"],
@@ -200,6 +200,20 @@ def test_coordinators_hear_callers_and_reach_workers_and_the_api_server(case: st
 def test_the_fetching_job_reaches_the_hub_and_hears_nobody() -> None:
     policy = render().get("NetworkPolicy", "mesh-model")
     assert (peers(policy, "ingress"), peers(policy, "egress")) == ([], [DNS, HUB])
+
+
+def test_the_fetching_job_reaches_what_it_is_told_to_beside_the_hub() -> None:
+    rendered = render(CASES["everything of theirs in pods"])
+    assert peers(rendered.get("NetworkPolicy", "mesh-model"), "egress") == [DNS, HUB, ("anyone", [3128])]
+    assert ("anyone", [3128]) not in peers(rendered.get("NetworkPolicy", "mesh-coordinator"), "egress")
+
+
+def test_a_volume_is_read_only_to_its_node_where_its_claim_is() -> None:
+    for case, values in CASES.items():
+        for _, template in render(values).workloads():
+            for volume in template["spec"]["volumes"]:
+                if claim := volume.get("persistentVolumeClaim"):
+                    assert claim.get("readOnly", False) is (case == "existing claim")
 
 
 def test_openshift_chooses_the_group_itself() -> None:

@@ -1,12 +1,13 @@
 """values.yaml, its schema, and what is refused, in words that help."""
 
 import json
+import shlex
 from collections.abc import Iterator
 
 import pytest
 import yaml
 
-from tests.helm.chart import CHART, Document, refusal, render, wanted_shards
+from tests.helm.chart import CHART, Document, helm, refusal, render, template_arguments, wanted_shards
 from tests.helm.matrix import CASES
 
 SCHEMA = json.loads((CHART / "values.schema.json").read_text())
@@ -68,6 +69,25 @@ def test_every_top_level_value_is_used_in_the_matrix_or_by_default() -> None:
         ({"apiKeys.existingCallerSecret": "x"}, "goes with apiKeys.existingSecret"),
         ({"autoscaling.mode": "hpa", "autoscaling.minReplicas": 9}, "more than maxReplicas"),
         ({"autoscaling.mode": "keda"}, "autoscaling.prometheusAddress must say"),
+        ({"metrics.enabled": False, "metrics.monitor": "podMonitor"}, "metrics.monitor=podMonitor reads metrics"),
+        ({"metrics.enabled": False, "metrics.rules": True}, "metrics.rules=true reads metrics"),
+        ({"metrics.enabled": False, "metrics.dashboard": True}, "metrics.dashboard=true reads metrics"),
+        ({"metrics.enabled": False, **CASES["keda"]}, "autoscaling.mode=keda reads metrics"),
+        ({"metrics.enabled": False, **CASES["hpa"]}, "autoscaling.mode=hpa reads metrics"),
+        ({"worker.maxSurge": 0}, "no worker could ever be replaced"),
+        ({"worker.maxSurge": "0%", "worker.maxUnavailable": "00%"}, "no worker could ever be replaced"),
+        (
+            {"worker.resources.limits": {"memory": "512Mi"}},
+            "worker.resources.limits.memory is 512Mi, less than what is requested, 1Gi",
+        ),
+        ({"coordinator.resources.limits": {"cpu": "200m"}}, "coordinator.resources.limits.cpu is 200m, less than"),
+        ({"coordinator.resources.limits": {"memory": 1000000}}, "less than what is requested, 512Mi"),
+        ({"worker.podLabels": {"app.kubernetes.io/name": "x"}}, "worker.podLabels: app.kubernetes.io/name is a label that"),
+        ({"commonLabels": {"shardmesh.dev/mounts": "x"}}, "commonLabels: shardmesh.dev/mounts is a label that"),
+        ({"metrics.labels": {"helm.sh/chart": "x"}}, "metrics.labels: helm.sh/chart is a label that"),
+        ({"commonLabels": {"team": "a"}, "worker.podLabels": {"team": "b"}}, "worker.podLabels: team is in commonLabels already"),
+        ({"commonLabels": {"team": "not a label"}}, "/commonLabels/team"),
+        ({"coordinator.podLabels": {"a/b/c": "x"}}, "/coordinator/podLabels"),
         ({"ingress.enabled": True}, "ingress.host must be set"),
         ({"grpcRoute.enabled": True}, "must name a Gateway"),
         ({**CASES["route"], **CASES["certificates of theirs"]}, "leave one of them"),
@@ -76,6 +96,61 @@ def test_every_top_level_value_is_used_in_the_matrix_or_by_default() -> None:
 )
 def test_contradictions_and_mistakes_are_refused_by_name(values: Document, words: str) -> None:
     assert words in refusal(values)
+
+
+@pytest.mark.parametrize(
+    ("request_", "limit"), [("1Gi", "1024Mi"), ("1500m", 2), ("999k", "1M"), ("1G", "1Gi"), ("0.5", "500m"), (1000000000, "1G")]
+)
+def test_a_limit_may_be_as_much_as_is_requested_in_any_unit(request_: str | int, limit: str | int) -> None:
+    resources = {"requests": {"memory": request_}, "limits": {"memory": limit}}
+    assert render({"worker.resources": resources}).pod("worker")["containers"][0]["resources"]["limits"]["memory"] == limit
+
+
+def test_what_is_taken_away_is_not_asked_for() -> None:
+    rendered = render({"worker.resources": None, "commonLabels": None, "worker.podLabels": {"team": "a"}})
+    assert rendered.pod("worker")["containers"][0]["resources"] is None
+    assert rendered.template("worker")["metadata"]["labels"]["team"] == "a"
+
+
+def test_an_autoscaler_of_an_api_that_the_cluster_does_not_know_is_refused() -> None:
+    assert render(CASES["hpa"], kube_version="1.23.0").of_kind("HorizontalPodAutoscaler")
+    done = helm(*template_arguments(CASES["hpa"], "mesh", "models", "1.22.0", ()), check=False)
+    assert "it needs autoscaling/v2, from Kubernetes 1.23 on, found v1.22.0" in done.stderr
+
+
+def notes(*values: str) -> str:
+    return helm("install", "mesh", str(CHART), "--dry-run=client", *(f"--set-json={value}" for value in values)).stdout.partition(
+        "NOTES:"
+    )[2]
+
+
+def test_notes_are_a_command_whatever_the_prompt() -> None:
+    prompt = """It's a "test" of $HOME"""
+    command = notes(f"test.prompt={json.dumps(prompt)}").partition("    kubectl -n default get secret")[2].partition("\n\n")[0]
+    assert shlex.split(command.replace("\\\n", ""))[-2:] == ["--prompt", prompt]
+
+
+@pytest.mark.parametrize(
+    ("bad", "good", "words"),
+    [
+        (["coordinator.replicas=2"], ["coordinator.kvTokens=65536"], "coordinator.kvTokens is not set"),
+        (['autoscaling.mode="hpa"'], ["coordinator.kvTokens=65536"], "coordinator.kvTokens is not set"),
+        (
+            ["grpcRoute.enabled=true", 'grpcRoute.parentRefs=[{"name":"gateway"}]'],
+            ['grpcRoute.caConfigMap="ca"'],
+            "nothing here says so to the gateway",
+        ),
+        (
+            ["ingress.enabled=true", 'ingress.host="llm.example.org"', "tls.requireCallerCertificate=true"],
+            ["tls.requireCallerCertificate=false"],
+            "proxy-ssl-secret",
+        ),
+    ],
+)
+def test_notes_warn_of_what_is_missing(bad: list[str], good: list[str], words: str) -> None:
+    assert words in notes(*bad)
+    assert words not in notes(*bad, *good)
+    assert words not in notes()
 
 
 @pytest.mark.parametrize("shards", [1, 2, 4, 8, 64, 4096])

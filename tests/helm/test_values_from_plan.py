@@ -97,6 +97,22 @@ def test_two_plans_of_different_weights_are_refused(
     assert done.stderr == "Error: both plans must have the same model, dtype, quantization: only shards may be others\n"
 
 
+def test_the_model_is_that_of_the_hub_where_it_is_one(script: ModuleType, outline: dict[str, Any], checkpoint: Path) -> None:
+    assert outline["model"] == str(checkpoint)
+    assert "hubId" not in script.values_for(outline, 1)["model"]
+    for name in ("Qwen/Qwen3-30B-A3B", "owner/a.b_c-d"):
+        assert script.values_for({**outline, "model": name}, 1)["model"]["hubId"] == name
+    for folder in ("models/a/b", "./model", "model", "-a/b"):
+        assert "hubId" not in script.values_for({**outline, "model": folder}, 1)["model"]
+
+
+def test_a_large_model_gets_longer_to_start(script: ModuleType, outline: dict[str, Any]) -> None:
+    chart = yaml.safe_load((CHART / "values.yaml").read_text())["model"]["startupSeconds"]
+    assert script.values_for(outline, 1)["model"]["startupSeconds"] == chart == script.LEAST_STARTUP_S
+    large = {**outline, "parameters": 30_000_000_000, "dtype": "bf16"}
+    assert script.values_for(large, 1)["model"]["startupSeconds"] == 60e9 / script.MODEL_BYTES_PER_S == 1200
+
+
 @pytest.mark.parametrize("text", ["", "[]", "{}", '{"shards": []}', "not JSON"])
 def test_what_is_no_plan_is_refused_in_one_line(script: ModuleType, text: str) -> None:
     done = CliRunner().invoke(script.main, input=text)

@@ -35,8 +35,7 @@ What values.schema.json cannot say, or not in words that help: values that contr
 {{- if and $model.hubToken.existingSecret $model.hubToken.value -}}
 {{- fail "model.hubToken: existingSecret or value, not both" -}}
 {{- end -}}
-{{- $several := or (gt (int .Values.coordinator.replicas) 1) (ne .Values.autoscaling.mode "none") -}}
-{{- if and $several (eq .Values.discovery "dns") -}}
+{{- if and (include "shardmesh.severalCoordinators" .) (eq .Values.discovery "dns") -}}
 {{- fail "several coordinators need discovery=kubernetes: a Lease says which of them assigns plans" -}}
 {{- end -}}
 {{- if eq .Values.tls.mode "existing" -}}
@@ -58,6 +57,20 @@ What values.schema.json cannot say, or not in words that help: values that contr
 {{- if and (eq .Values.autoscaling.mode "keda") (not .Values.autoscaling.prometheusAddress) -}}
 {{- fail "autoscaling.mode is keda: autoscaling.prometheusAddress must say where Prometheus answers" -}}
 {{- end -}}
+{{- /* The version is asked too, because `helm template` lists every API that helm itself knows. */ -}}
+{{- $v2 := and (.Capabilities.APIVersions.Has "autoscaling/v2") (semverCompare ">=1.23-0" .Capabilities.KubeVersion.Version) -}}
+{{- if and (eq .Values.autoscaling.mode "hpa") (not $v2) -}}
+{{- fail (printf "autoscaling.mode is hpa: it needs autoscaling/v2, from Kubernetes 1.23 on, found %s" .Capabilities.KubeVersion.Version) -}}
+{{- end -}}
+{{- if not .Values.metrics.enabled -}}
+{{- $readers := dict "autoscaling.mode" .Values.autoscaling.mode "metrics.monitor" .Values.metrics.monitor -}}
+{{- range $name, $value := merge $readers (dict "metrics.rules" .Values.metrics.rules "metrics.dashboard" .Values.metrics.dashboard) -}}
+{{- if not (has $value (list "none" false)) -}}
+{{- fail (printf "%s=%v reads metrics: set metrics.enabled=true" $name $value) -}}
+{{- end -}}
+{{- end -}}
+{{- end -}}
+{{- include "shardmesh.check.pods" . -}}
 {{- if and .Values.ingress.enabled (not .Values.ingress.host) -}}
 {{- fail "ingress.enabled: ingress.host must be set" -}}
 {{- end -}}
@@ -66,5 +79,52 @@ What values.schema.json cannot say, or not in words that help: values that contr
 {{- end -}}
 {{- if and .Values.grpcRoute.caConfigMap .Values.tls.publicSecret -}}
 {{- fail "grpcRoute.caConfigMap is for the mesh's own certificate, tls.publicSecret puts another in its place: leave one of them" -}}
+{{- end -}}
+{{- end -}}
+
+{{/* Whether there may be more than one: "true", or nothing. */}}
+{{- define "shardmesh.severalCoordinators" -}}
+{{- if or (gt (int .Values.coordinator.replicas) 1) (ne .Values.autoscaling.mode "none") -}}true{{- end -}}
+{{- end -}}
+
+{{/* What the API server would refuse, in words that name the value. */}}
+{{- define "shardmesh.check.pods" -}}
+{{- $none := "^0+%?$" -}}
+{{- if and (regexMatch $none (toString .Values.worker.maxSurge)) (regexMatch $none (toString .Values.worker.maxUnavailable)) -}}
+{{- fail "worker.maxSurge and worker.maxUnavailable are both 0: no worker could ever be replaced" -}}
+{{- end -}}
+{{- range $component := list "coordinator" "worker" -}}
+{{- $resources := (get $.Values $component).resources | default dict -}}
+{{- $limits := $resources.limits | default dict -}}
+{{- range $name, $request := $resources.requests -}}
+{{- $limit := get $limits $name -}}
+{{- if and (hasKey $limits $name) (lt (include "shardmesh.amount" $limit | float64) (include "shardmesh.amount" $request | float64)) -}}
+{{- fail (printf "%s.resources.limits.%s is %v, less than what is requested, %v" $component $name $limit $request) -}}
+{{- end -}}
+{{- end -}}
+{{- end -}}
+{{- $common := .Values.commonLabels | default dict -}}
+{{- $added := dict "coordinator.podLabels" .Values.coordinator.podLabels "worker.podLabels" .Values.worker.podLabels -}}
+{{- $added = merge $added (dict "metrics.labels" .Values.metrics.labels "metrics.dashboardLabels" .Values.metrics.dashboardLabels) -}}
+{{- range $value, $labels := merge (dict "commonLabels" $common) $added -}}
+{{- range $label, $_ := $labels -}}
+{{- if regexMatch "^(app\\.kubernetes\\.io|helm\\.sh|shardmesh\\.dev)/" $label -}}
+{{- fail (printf "%s: %s is a label that the chart sets itself" $value $label) -}}
+{{- end -}}
+{{- if and (ne $value "commonLabels") (hasKey $common $label) -}}
+{{- fail (printf "%s: %s is in commonLabels already" $value $label) -}}
+{{- end -}}
+{{- end -}}
+{{- end -}}
+{{- end -}}
+
+{{/* A quantity of Kubernetes as a plain number. */}}
+{{- define "shardmesh.amount" -}}
+{{- $units := dict "m" 0.001 "k" 1e3 "M" 1e6 "G" 1e9 "T" 1e12 "P" 1e15 "E" 1e18 -}}
+{{- $units = merge $units (dict "Ki" 1024 "Mi" 1048576 "Gi" 1073741824 "Ti" 1099511627776 "Pi" 1125899906842624 "Ei" 1152921504606846976) -}}
+{{- if kindIs "string" . -}}
+{{- mulf (regexFind "^[0-9.]+" . | float64) (get $units (regexFind "[A-Za-z]+$" .) | default 1) -}}
+{{- else -}}
+{{- float64 . -}}
 {{- end -}}
 {{- end -}}

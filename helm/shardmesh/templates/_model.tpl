@@ -15,7 +15,8 @@ Where the model is, and who mounts it.
 {{- if eq .Values.model.source "hub" -}}
 {{- .Values.model.hubId -}}
 {{- else if eq .Values.model.source "newClaim" -}}
-/models/{{ .Values.model.hubId }}/{{ .Values.model.revision | replace "/" "-" }}
+{{- /* A plus, which no revision can hold: a/b and a-b are two folders, and none is inside another. */ -}}
+/models/{{ .Values.model.hubId }}/{{ .Values.model.revision | replace "/" "+" }}
 {{- else -}}
 {{- printf "/models/%s" .Values.model.path | trimSuffix "/" -}}
 {{- end -}}
@@ -32,6 +33,10 @@ shardmesh.dev/mounts: model
 - name: model
   persistentVolumeClaim:
     claimName: {{ include "shardmesh.model.claim" . }}
+    {{- if eq .Values.model.claim.accessMode "ReadOnlyMany" }}
+    # Storage that is read-only attaches itself no other way.
+    readOnly: true
+    {{- end }}
 {{- end -}}
 
 {{- define "shardmesh.model.mount" -}}

@@ -62,6 +62,19 @@ labels:
   {{- include "shardmesh.labels" (list $root (index . 1)) | nindent 2 }}
 {{- end -}}
 
+{{/*
+Regular expression of the names of a component's pods. A name of more than 46 characters loses the dash before the last 5 in its pods' names, which
+are cut at 63. Call: include "shardmesh.podPattern" (list . "coordinator")
+*/}}
+{{- define "shardmesh.podPattern" -}}
+{{ include "shardmesh.name" . }}-[a-z0-9]+-?[a-z0-9]{5}
+{{- end -}}
+
+{{/* Matchers, without braces, of the series that this release's coordinators export. */}}
+{{- define "shardmesh.series" -}}
+{{- printf "namespace=%q,pod=~%q" .Release.Namespace (include "shardmesh.podPattern" (list . "coordinator")) -}}
+{{- end -}}
+
 {{/* Where pods listen: on all addresses of a family. */}}
 {{- define "shardmesh.anyAddress" -}}{{ ternary "[::]" "0.0.0.0" .Values.ipv6 }}{{- end -}}
 

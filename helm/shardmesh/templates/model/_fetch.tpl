@@ -6,7 +6,8 @@ template:
       {{- include "shardmesh.podLabels" (list . "model") | nindent 6 }}
       shardmesh.dev/mounts: model
   spec:
-    restartPolicy: OnFailure
+    # Each try is a pod of its own, and stays: with OnFailure the last failure would take the log with it.
+    restartPolicy: Never
     serviceAccountName: {{ include "shardmesh.name" (list . "worker") }}
     automountServiceAccountToken: false
     enableServiceLinks: false
