@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 
+from coordinator import resharding
 from coordinator.planning import capacity
 from protos import generation_pb2
 from protos.errors import OutOfMemory, TopologyError
@@ -72,16 +73,20 @@ async def test_running_streams_go_on_with_the_same_tokens(  # noqa: PLR0917  # f
         assert not any(worker._holding.held().former for worker in running.workers)
 
 
-async def test_there_and_back_again_and_again(checkpoint: Path, mesh: MeshMaker) -> None:
+async def test_there_and_back_again_and_again(checkpoint: Path, mesh: MeshMaker, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(resharding, "SWEEP_S", 0.1)
     async with mesh(checkpoint, 1, spares=3) as running:
         expected = await streams(running)
-        for num_shards in (4, 2, 3, 1, 4):
+        for num_shards in (4, 2, 3, 1, 4, 2):
             under_way = asyncio.create_task(streams(running))
             await until(running, lambda found: found.load.running > 0)
             await ask(running, num_shards)
             assert await under_way == expected
             await until(running, serves(num_shards))
-        assert (await running.client.mesh()).recovery.reshards == 5
+        assert (await running.client.mesh()).recovery.reshards == 6
+        # Nothing is left on those that serve no more.
+        await until(running, lambda found: sum(worker.weights_bytes > 0 for worker in found.workers) == 2)
+        assert (await running.client.mesh()).recovery.recoveries == 0
 
 
 async def test_where_both_do_not_fit_the_mesh_gives_way_and_streams_wait(

@@ -27,12 +27,15 @@ from protos.shardworker_pb2 import (
     DescribeResponse,
     ExecuteRequest,
     ExecuteResponse,
+    FormerPlan,
     Held,
     Loaded,
     LoadProgress,
     LoadRequest,
     LoadResponse,
     Opened,
+    ReleaseRequest,
+    ReleaseResponse,
     WorkerState,
 )
 from protos.shardworker_pb2_grpc import ShardWorkerServicer, add_ShardWorkerServicer_to_server
@@ -85,6 +88,7 @@ class FakeWorker(ShardWorkerServicer):
         self.description = DescribeResponse(protocol_version=rpc.PROTOCOL_VERSION, version="1", memory_free_bytes=10**9)
         self.loads: list[LoadRequest] = []
         self.executes: list[ExecuteRequest] = []
+        self.released: list[int] = []
         self.sessions_open = 0
         self.session_ended = asyncio.Event()
         self.load_cancelled = asyncio.Event()
@@ -113,6 +117,11 @@ class FakeWorker(ShardWorkerServicer):
             self.load_cancelled.set()
             raise
         yield LoadResponse(loaded=Loaded(weights_bytes=100))
+
+    async def Release(self, message: ReleaseRequest, context: Any) -> ReleaseResponse:  # noqa: N802
+        del context
+        self.released.append(message.assignment)
+        return ReleaseResponse()
 
     async def Execute(self, messages: AsyncIterator[ExecuteRequest], context: Any) -> AsyncIterator[ExecuteResponse]:  # noqa: N802
         self.sessions_open += 1
@@ -456,3 +465,37 @@ async def test_without_room_for_both_nothing_is_loaded(cluster: Cluster) -> None
             await pool.assemble(plan_of(1, b"q" * 32), Path("/model"), 12, lambda _: None, beside=first.addresses)
         assert [len(worker.loads) for worker in workers] == [1, 1]
         first.close()
+
+
+async def test_workers_let_go_of_what_nobody_uses(cluster: Cluster) -> None:
+    async with cluster(6) as (pool, workers):
+        addresses = addresses_of(pool)
+        fanout = await assemble(pool)
+        other = b"x" * 32
+        former = [FormerPlan(plan_digest=DIGEST, shard=1)]
+        workers[0].description.held.CopyFrom(held(0, 4))
+        # It serves, and holds what was to come.
+        workers[1].description.held.CopyFrom(Held(state=WORKER_STATE_LOADED, plan_digest=other, former=former, assignment=5))
+        # A spare with something else; one on which somebody has a session; one with this plan; one with nothing.
+        workers[2].description.held.CopyFrom(held(0, 7, digest=other))
+        workers[3].description.held.CopyFrom(held(0, 7, digest=other))
+        workers[3].description.num_sessions = 1
+        workers[4].description.held.CopyFrom(held(0, 3))
+        await pool.tidy(plan_of(2), Path("/model"), fanout.addresses)
+        assert [worker.released for worker in workers] == [[], [], [7], [], [], []]
+        again = [len(worker.loads) for worker in workers]
+        assert again == [1, 2, 0, 0, 0, 0]
+        request = workers[1].loads[-1]
+        assert (request.plan.shard, request.beside, request.assignment) == (1, True, 1)
+        assert addresses[:2] == list(fanout.addresses)
+        fanout.close()
+
+
+async def test_who_does_not_hold_the_lease_leaves_workers_alone(cluster: Cluster) -> None:
+    async with cluster(3) as (pool, workers):
+        fanout = await assemble(pool)
+        workers[2].description.held.CopyFrom(held(0, 7, digest=b"x" * 32))
+        pool._lease = SimpleNamespace(term=None)  # type: ignore[assignment]
+        await pool.tidy(plan_of(2), Path("/model"), fanout.addresses)
+        assert not workers[2].released
+        fanout.close()
