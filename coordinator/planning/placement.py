@@ -41,9 +41,10 @@ class WorkerReport:
         return (plan.digest, shard) in plans
 
     def is_idle_with_another(self, plan: MeshPlan) -> bool:
-        """Whether the worker holds some other plan, on which nobody has a session."""
+        """Whether the worker holds some other plan, alone or beside this one, and nobody has a session there."""
         held = self.description.held
-        return held.state == WORKER_STATE_LOADED and held.plan_digest != plan.digest and not self.description.num_sessions
+        has_another = held.state == WORKER_STATE_LOADED and (held.plan_digest != plan.digest or len(held.former) > 0)
+        return has_another and not self.description.num_sessions
 
 
 @dataclass(frozen=True, slots=True)

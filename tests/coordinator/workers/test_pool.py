@@ -476,13 +476,17 @@ async def test_workers_let_go_of_what_nobody_uses(cluster: Cluster) -> None:
         workers[0].description.held.CopyFrom(held(0, 4))
         # It serves, and holds what was to come.
         workers[1].description.held.CopyFrom(Held(state=WORKER_STATE_LOADED, plan_digest=other, former=former, assignment=5))
-        # A spare with something else; one on which somebody has a session; one with this plan; one with nothing.
+        # A spare with something else; one on which somebody has a session; one with this plan; one with this and another.
         workers[2].description.held.CopyFrom(held(0, 7, digest=other))
         workers[3].description.held.CopyFrom(held(0, 7, digest=other))
         workers[3].description.num_sessions = 1
         workers[4].description.held.CopyFrom(held(0, 3))
+        unused = [FormerPlan(plan_digest=other, shard=0)]
+        workers[5].description.held.CopyFrom(
+            Held(state=WORKER_STATE_LOADED, plan_digest=DIGEST, shard=1, former=unused, assignment=6)
+        )
         await pool.tidy(plan_of(2), Path("/model"), fanout.addresses)
-        assert [worker.released for worker in workers] == [[], [], [7], [], [], []]
+        assert [worker.released for worker in workers] == [[], [], [7], [], [], [6]]
         again = [len(worker.loads) for worker in workers]
         assert again == [1, 2, 0, 0, 0, 0]
         request = workers[1].loads[-1]
