@@ -27,7 +27,7 @@ class Recovery:
     obstructed: asyncio.Event = field(default_factory=asyncio.Event)
     """Set once an attempt failed."""
     detect_ns: int = 0
-    """From the start of the step that broke; 0 if none was under way."""
+    """From the start of the step that is lost with the mesh; 0 if none was under way."""
     assemble_ns: int = 0
     """Finding, loading and opening workers, failed attempts included."""
     canary_ns: int = 0
@@ -95,21 +95,15 @@ class Recoveries:
     _earlier: Counter[str] = field(default_factory=Counter)
 
     def begin(self, reason: str, recovery: Recovery) -> None:
-        """Count a mesh that broke, and begin the recovery from it.
+        """Count a mesh that broke, and begin the recovery from it; or the change to one of another number of shards.
 
         Args:
-            reason: of the error.
+            reason: of the error; empty if there is none.
             recovery: without the times that will come.
 
         """
-        self.failures[reason] += 1
-        self._begin(reason, recovery)
-
-    def begin_change(self, recovery: Recovery) -> None:
-        """Begin the change to a mesh of another number of shards; `recovery` has no times yet."""
-        self._begin("", recovery)
-
-    def _begin(self, reason: str, recovery: Recovery) -> None:
+        if reason:
+            self.failures[reason] += 1
         if self.latest:
             # Its replays are cut short, if they are under way still: the next mesh is to end them.
             self.latest.end()

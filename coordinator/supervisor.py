@@ -85,29 +85,22 @@ class Supervisor:
             ended = await self._run(mesh)
         finally:
             mesh.close()
-        if isinstance(ended, NextMesh):
-            return self._change(ended)
-        if ended is None:
-            recovery = Recovery("")
-            self.recoveries.begin_change(recovery)
-        else:
-            recovery = self._begin_recovery(mesh, ended)
-        await self.on_serving(None)
-        self.engine.interrupt(ended, when_resumed=recovery.note_resumed)
-        return recovery
-
-    def _begin_recovery(self, mesh: Mesh, error: MeshError) -> Recovery:
+        error = ended if isinstance(ended, MeshError) else None
         started_ns = self.engine.step_started_ns
-        recovery = Recovery(str(error), detect_ns=time.monotonic_ns() - started_ns if started_ns else 0)
-        self.recoveries.begin(error.reason, recovery)
-        self.builder.blame(error, [mesh.fanout.addresses[shard] for shard in error.shards])
-        log.warning("mesh is broken", epoch=mesh.fanout.epoch, reason=error.reason, error=str(error))
+        recovery = Recovery(str(error or ""), detect_ns=time.monotonic_ns() - started_ns if started_ns else 0)
+        self.recoveries.begin(error.reason if error else "", recovery)
+        if isinstance(ended, NextMesh):
+            return self._change(ended, recovery)
+        if error:
+            self.builder.blame(error, [mesh.fanout.addresses[shard] for shard in error.shards])
+            log.warning("mesh is broken", epoch=mesh.fanout.epoch, reason=error.reason, error=str(error))
+        await self.on_serving(None)
+        self.engine.interrupt(error, when_resumed=recovery.note_resumed)
         return recovery
 
-    def _change(self, found: NextMesh) -> Mesh:
+    def _change(self, found: NextMesh, recovery: Recovery) -> Mesh:
         """Go over to a mesh that was made beside the one that served."""
-        mesh, recovery = found.mesh, Recovery("")
-        self.recoveries.begin_change(recovery)
+        mesh = found.mesh
         self.engine.interrupt(None, when_resumed=recovery.note_resumed)
         recovery.note_whole()
         self._take(mesh, found.left)

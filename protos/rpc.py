@@ -39,6 +39,9 @@ SUPPLY_SILENCE_S = 60.0
 WARM_DEADLINE_S = 600.0
 """Longest that a spare may take to read the model's files."""
 
+COORDINATOR_BYTES = 16
+"""Of a coordinator's identity (`Open.coordinator`)."""
+
 CANARY_S = 15.0
 """An idle coordinator sends a token through the mesh this often: a proof that it serves, and a sign of life to the workers."""
 LEASE_S = 4 * CANARY_S

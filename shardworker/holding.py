@@ -1,7 +1,7 @@
 """Which plans a worker holds, under which assignment, and who may replace them or drive them.
 
-A worker is one shard, of the plan that came last. When a mesh is cut anew, the plan before it is held too until the last session
-on it ends, so that whoever is served by it goes on meanwhile.
+A worker is one shard, of the plan that came last. When a mesh is cut anew, the plan before it is held too, until nobody has a
+session on it and the last one was served from: whoever is served by it goes on meanwhile, and comes back if the next mesh fails.
 
 State changes on the event loop, at once: from the moment a load is accepted, rounds of a plan that it replaces are refused.
 Memory is freed on the device, after the rounds that were accepted before; weights are read in a thread of their own.

@@ -14,7 +14,7 @@ from protos import shardworker_pb2 as pb
 from protos.digest import mesh_digest
 from protos.errors import InvalidArgument, MeshError, PlanMismatch, StaleEpoch, StepMismatch
 from protos.log import frames
-from protos.rpc import PROTOCOL_VERSION
+from protos.rpc import COORDINATOR_BYTES, PROTOCOL_VERSION
 from protos.shardworker_pb2_grpc import ShardWorkerServicer
 from shardworker.holding import Holding, Owner
 from shardworker.lease import Lease
@@ -30,8 +30,6 @@ if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Sequence
 
     from protos.plan_pb2 import CheckpointFile
-
-COORDINATOR_BYTES = 16
 
 SHORT_NS = 10_000_000
 """Health checks and other calls may wait this long for a round."""

@@ -126,7 +126,7 @@ class Follower:
                     )
                 taken = mesh.wanted_shards == self._num_shards
                 found = f"served by {show_shards(mesh.num_shards)}" if mesh.serving else "no full mesh serves"
-                self._tell(f"{found}, wanted are {self._num_shards}: {mesh.reshard_obstacle or 'under way'}")
+                self._tell(f"{found}, {self._num_shards} wanted: {mesh.reshard_obstacle or 'under way'}")
             await asyncio.sleep(LOOK_S)
 
     async def settle(self, mesh: GetMeshResponse) -> GetMeshResponse:

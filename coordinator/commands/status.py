@@ -92,9 +92,7 @@ def _print(model: GetModelResponse, mesh: GetMeshResponse) -> None:
     )
     # An older coordinator does not tell.
     if mesh.wanted_shards not in {0, mesh.num_shards}:
-        console.print(
-            Text(f"wanted are {show_shards(mesh.wanted_shards)}: {mesh.reshard_obstacle or 'under way'}"), soft_wrap=True
-        )
+        console.print(Text(f"{show_shards(mesh.wanted_shards)} wanted: {mesh.reshard_obstacle or 'under way'}"), soft_wrap=True)
     if mesh.recovery.failures or mesh.recovery.reshards:
         _print_recovery(console, mesh.recovery)
 

@@ -203,7 +203,7 @@ def render(found: MeshView) -> RenderableType:
     # An older coordinator does not tell.
     if found.wanted_shards not in {0, found.num_shards}:
         obstacle = found.reshard_obstacle or "under way"
-        parts.append(Text(f"wanted are {show_shards(found.wanted_shards)}: {obstacle}", style="yellow"))
+        parts.append(Text(f"{show_shards(found.wanted_shards)} wanted: {obstacle}", style="yellow"))
     if found.failures or found.reshards:
         reasons = ", ".join(f"{count} {reason}" for reason, count in sorted(found.failures.items())) or "0"
         counts = f"{found.recoveries} recoveries; failures: {reasons}; {found.reshards} reshards"

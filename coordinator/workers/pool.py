@@ -46,9 +46,6 @@ if TYPE_CHECKING:
 log = structlog.get_logger(__name__)
 
 
-COORDINATOR_BYTES = 16
-"""Of `Open.coordinator`."""
-
 AVOID_S = 60.0
 """How long a worker that failed is passed over, if there are others."""
 
@@ -201,7 +198,7 @@ class WorkerPool:
         return fanout
 
     async def tidy(self, plan: MeshPlan, directory: Path | None, serving: Sequence[str]) -> None:
-        """Have workers let go of what nobody uses, as far as they can be asked: those that serve of other plans, others of all.
+        """Have workers let go of what nobody uses, as far as they can be asked: of other plans, and spares that hold one of all.
 
         Args:
             plan: of the mesh that serves.
@@ -248,7 +245,7 @@ class WorkerPool:
 
     def _identity_for(self, plan: MeshPlan) -> bytes:
         """Of this process and one plan: sessions end older ones of the same identity, and those of another plan serve on."""
-        return hashlib.blake2b(plan.digest, key=self._secret, digest_size=COORDINATOR_BYTES).digest()
+        return hashlib.blake2b(plan.digest, key=self._secret, digest_size=rpc.COORDINATOR_BYTES).digest()
 
     def _requests(self, plan: MeshPlan, assignment: int, directory: Path | None, *, beside: bool) -> list[LoadRequest]:
         supplied = self._supplies and directory is not None

@@ -266,7 +266,7 @@ async def test_a_mesh_that_is_cut_anew_is_no_failure() -> None:
     here = scene()
     here.submit(Request("r", (1, 2), 5))
     recovery = Recovery("")
-    here.recoveries.begin_change(recovery)
+    here.recoveries.begin("", recovery)
     here.engine.interrupt(None, recovery.note_resumed)
     recovery.note_whole()
     await here.finish()

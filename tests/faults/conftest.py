@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 import pytest_asyncio
 
+from tests.faults.cuts import WIDE_WORKERS
 from tests.faults.mesh import Mesh, mesh_of
 from tests.faults.streams import Caller, Outcome
 from tests.tiny import add_tokenizer, make_checkpoint
@@ -34,6 +35,13 @@ def short_path() -> Iterator[Path]:
 async def mesh(model: Path) -> AsyncIterator[Mesh]:
     """Two shards and a spare; each test mends what it broke."""
     async with mesh_of(model, 3) as running:
+        yield running
+
+
+@pytest_asyncio.fixture(scope="module", loop_scope="package")
+async def wide(model: Path) -> AsyncIterator[Mesh]:
+    """Workers for up to four shards and a spare."""
+    async with mesh_of(model, WIDE_WORKERS) as running:
         yield running
 
 

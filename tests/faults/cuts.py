@@ -15,6 +15,8 @@ if TYPE_CHECKING:
     from protos.shardworker_pb2 import DescribeResponse
     from tests.faults.mesh import Mesh
 
+WIDE_WORKERS = 5
+"""Four shards and a spare."""
 CUT_S = 60.0
 """Longest until a mesh that was asked for serves, whatever fails meanwhile."""
 TIDY_S = 20.0

@@ -7,30 +7,22 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import AsyncIterator
-from pathlib import Path
 from typing import Any
 
 import pytest
 import pytest_asyncio
 
 from tests.faults.cuts import CUT_S, check_tidy, cut, under_streams, wait_cut
-from tests.faults.mesh import Mesh, Worker, mesh_of
+from tests.faults.mesh import Mesh, Worker
 from tests.faults.proxy import Stage
 from tests.faults.streams import Caller, Outcome
 from tests.faults.waiting import within
 
 pytestmark = [pytest.mark.asyncio(loop_scope="package"), pytest.mark.slow]
 
-NUM_WORKERS = 5
 CHANGES = 10
 GROWTH = 0.02
 """Of a worker's resident set, from the second time that it held all there is to the last, at most."""
-
-
-@pytest_asyncio.fixture(scope="module", loop_scope="package")
-async def wide(model: Path) -> AsyncIterator[Mesh]:
-    async with mesh_of(model, NUM_WORKERS) as running:
-        yield running
 
 
 @pytest_asyncio.fixture(scope="module", loop_scope="package")

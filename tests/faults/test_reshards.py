@@ -23,16 +23,8 @@ from tests.faults.waiting import wait_until, within
 
 pytestmark = pytest.mark.asyncio(loop_scope="package")
 
-NUM_WORKERS = 5
-"""Four shards and a spare."""
 RECOVERED_S = 4.0
 """Longest pause of a stream where a mesh can be had at once, on a busy core."""
-
-
-@pytest_asyncio.fixture(scope="module", loop_scope="package")
-async def wide(model: Path) -> AsyncIterator[Mesh]:
-    async with mesh_of(model, NUM_WORKERS) as running:
-        yield running
 
 
 @pytest_asyncio.fixture(scope="module", loop_scope="package")

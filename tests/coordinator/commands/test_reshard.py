@@ -7,7 +7,7 @@ import json
 import os
 import signal
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any, ClassVar, Self
+from typing import Any, ClassVar
 
 import pytest
 from click.testing import CliRunner
@@ -15,9 +15,7 @@ from click.testing import CliRunner
 from coordinator.commands import reshard as command
 from protos.errors import Forbidden, MeshError, Unauthenticated, WorkerLost
 from protos.generation_pb2 import GetMeshResponse, MeshLoad, MeshRecovery, MeshWorker
-
-if TYPE_CHECKING:
-    from coordinator.client import Credentials
+from tests.coordinator.commands.fake_client import FakeConnection
 
 MS = 10**6
 
@@ -40,22 +38,12 @@ def mesh_of(num_shards: int, wanted: int, obstacle: str = "", *, serving: bool =
 RESHARDED = mesh_of(4, 4, reshards=1, last_canary_ns=12 * MS, last_replay_ns=29 * MS)
 
 
-class FakeClient:
+class FakeClient(FakeConnection):
     """Answers each look with the next of `meshes`, the last one again and again."""
 
     meshes: ClassVar[list[GetMeshResponse | MeshError | Callable[[], None]]] = []
     asked: ClassVar[list[int]] = []
     refusal: ClassVar[MeshError | None] = None
-
-    def __init__(self, address: str, credentials: Credentials) -> None:
-        del credentials
-        assert address == "unix:/socket"
-
-    async def __aenter__(self) -> Self:
-        return self
-
-    async def __aexit__(self, *_: object) -> None:
-        pass
 
     async def mesh(self) -> GetMeshResponse:
         found = self.meshes.pop(0) if len(self.meshes) > 1 else self.meshes[0]
@@ -105,9 +93,9 @@ def test_it_follows_until_the_mesh_serves_and_tells_what_is_in_the_way_when_that
     assert result.exit_code == 0, result.output
     assert FakeClient.asked == [4]
     assert result.stderr.splitlines() == [
-        "served by 2 shards, wanted are 4: under way",
-        "served by 2 shards, wanted are 4: 3 of 4 workers answer",
-        "no full mesh serves, wanted are 4: under way",
+        "served by 2 shards, 4 wanted: under way",
+        "served by 2 shards, 4 wanted: 3 of 4 workers answer",
+        "no full mesh serves, 4 wanted: under way",
     ]
     (line,) = result.stdout.splitlines()
     assert line.startswith("served by 4 shards after 0.")
@@ -151,7 +139,7 @@ def test_a_coordinator_that_is_away_for_a_while_is_waited_for(run: Callable[...,
     away = WorkerLost("coordinator unix:/socket: connection refused")
     result = run([mesh_of(2, 2), away, away, mesh_of(2, 4), RESHARDED])
     assert result.exit_code == 0
-    assert result.stderr.splitlines() == [str(away), "served by 2 shards, wanted are 4: under way"]
+    assert result.stderr.splitlines() == [str(away), "served by 2 shards, 4 wanted: under way"]
 
 
 @pytest.mark.parametrize("json_", [(), ("--json",)])
@@ -159,7 +147,7 @@ def test_time_that_is_up_is_one_error_that_says_how_far_it_is(run: Callable[...,
     error = run([mesh_of(2, 2), mesh_of(2, 4, "3 of 4 workers answer")], "--timeout", "0.05", *json_).exception
     assert type(error) is MeshError
     assert str(error) == (
-        "after 0.05 s served by 2 shards, wanted are 4: 3 of 4 workers answer; the mesh goes on, coordctl status shows how far"
+        "after 0.05 s served by 2 shards, 4 wanted: 3 of 4 workers answer; the mesh goes on, coordctl status shows how far"
     )
 
 

@@ -4,17 +4,17 @@ from __future__ import annotations
 
 import json
 import sys
-from typing import TYPE_CHECKING, Any, Self
+from typing import TYPE_CHECKING, Any
 
 import pytest
 from click.testing import CliRunner
 
-from coordinator.client import Credentials
 from coordinator.commands import status as command
 from protos.generation_pb2 import GetMeshResponse, GetModelResponse, MeshLoad, MeshRecovery, MeshWorker
+from tests.coordinator.commands.fake_client import FakeConnection
 
 if TYPE_CHECKING:
-    from types import TracebackType
+    pass
 
 LONG = "unix:/" + "x" * 101
 ERROR = "worker b:1 [connection] refused: " + "y" * 300
@@ -35,17 +35,7 @@ MESH = GetMeshResponse(
 )
 
 
-class FakeClient:
-    def __init__(self, address: str, credentials: Credentials) -> None:
-        assert address == "unix:/socket"
-        assert credentials == Credentials()
-
-    async def __aenter__(self) -> Self:
-        return self
-
-    async def __aexit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
-        pass
-
+class FakeClient(FakeConnection):
     async def model(self) -> GetModelResponse:
         return GetModelResponse(model="/models/[tiny]", family="llama")
 
@@ -84,7 +74,7 @@ def test_a_mesh_that_is_cut_anew_says_so_and_what_is_in_the_way(
     monkeypatch: pytest.MonkeyPatch, obstacle: str, told: str
 ) -> None:
     monkeypatch.setattr(sys.modules[__name__], "MESH", GetMeshResponse(num_shards=2, wanted_shards=4, reshard_obstacle=obstacle))
-    assert f"wanted are 4 shards: {told}" in printed(monkeypatch).splitlines()
+    assert f"4 shards wanted: {told}" in printed(monkeypatch).splitlines()
     found = json.loads(printed(monkeypatch, "--json"))
     assert (found["wanted_shards"], found["reshard_obstacle"]) == (4, obstacle)
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from typing import TYPE_CHECKING, Any, Self
+from typing import Any
 
 import pytest
 from click.testing import CliRunner
@@ -12,9 +12,7 @@ from coordinator.commands import top as command
 from coordinator.commands.top import Look, view
 from protos.errors import InvalidArgument
 from protos.generation_pb2 import ExpertHeat, GetMeshResponse, MeshLoad, MeshRecovery, MeshWorker, MeshWorkerRounds
-
-if TYPE_CHECKING:
-    from coordinator.client import Credentials
+from tests.coordinator.commands.fake_client import FakeConnection
 
 S = 10**9
 
@@ -49,18 +47,8 @@ def mesh_of(seconds: int) -> GetMeshResponse:
     )
 
 
-class FakeClient:
+class FakeClient(FakeConnection):
     looks = 0
-
-    def __init__(self, address: str, credentials: Credentials) -> None:
-        del credentials
-        assert address == "unix:/socket"
-
-    async def __aenter__(self) -> Self:
-        return self
-
-    async def __aexit__(self, *_: object) -> None:
-        pass
 
     async def mesh(self) -> GetMeshResponse:
         FakeClient.looks += 1
@@ -110,7 +98,7 @@ def test_people_see_workers_experts_and_what_broke(monkeypatch: pytest.MonkeyPat
         "17 of layer 3",
         "25.0%",
         "2 recoveries; failures: 2 WORKER_LOST; 1 reshards",
-        "wanted are 2 shards: 1 of 2 [workers] answers",
+        "2 shards wanted: 1 of 2 [workers] answers",
         "c:1 [died]",
     ):
         assert text in shown
